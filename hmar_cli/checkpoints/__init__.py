@@ -1,0 +1,1 @@
+"""Checkpoints: the format of this project, and readers of published ones."""

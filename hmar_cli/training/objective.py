@@ -1,0 +1,57 @@
+"""What the trainer asks of a training objective.
+
+Letters: K scales.
+"""
+
+from torch import Tensor, nn
+
+
+class Objective(nn.Module):
+    """A loss and the networks that it trains; the trainer knows nothing else about a model family.
+
+    A subclass registers its modules as usual, names the trained ones in `networks`, and computes everything in one
+    `forward`, since that call is what gets wrapped for several processes: terms of several networks (a generator
+    and its discriminator) belong in the one returned loss, each on detached values of the other.
+
+    Attributes:
+        networks: the trained networks by name. The one called "model" is saved as the result and averaged; the
+            others are only kept for resuming. Parameters that are not trained have `requires_grad` False.
+        unused_parameters: True where a step may leave some trained parameter out of the loss, which costs a search
+            of the graph when several processes train.
+    """
+
+    networks: dict[str, nn.Module]
+    unused_parameters: bool = False
+
+    def forward(self, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of one micro-batch.
+
+        Args:
+            batch: tensors whose first dimension is the micro-batch, on the device of the networks.
+            progress: share of training that lies behind this step, in [0, 1).
+
+        Returns:
+            The scalar to differentiate, and detached metrics: scalars, or vectors with one number a scale (K,),
+            finite, of a name and shape that are the same in every step. The trainer averages them over
+            micro-batches, steps and processes.
+        """
+        raise NotImplementedError
+
+    def undecayed(self, name: str, parameter: nn.Parameter) -> bool:
+        """Tell whether a parameter gets no weight decay; by default biases and all that has one dimension.
+
+        Args:
+            name: the parameter's name within its network, such as "blocks.0.attn.proj.weight".
+            parameter: the parameter.
+        """
+        return parameter.ndim <= 1 or name.endswith("bias")
+
+    def on_step(self, step: int) -> None:
+        """Act after an optimizer step, on every process alike; `step` counts the steps done, from 1."""
+
+    def resume_state(self) -> dict[str, Tensor]:
+        """Tensors beyond the networks' state dicts that an exact continuation needs, such as usage counters."""
+        return {}
+
+    def load_resume_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `resume_state` gave; tensors come on the CPU."""
