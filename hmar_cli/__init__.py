@@ -1,0 +1,3 @@
+"""Autoregressive image generation from the command line: HMAR and VAR."""
+
+__version__ = "0.1.0"

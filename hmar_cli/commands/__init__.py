@@ -1,0 +1,1 @@
+"""The commands: flags become one call into the core. Heavy imports stay inside the functions."""

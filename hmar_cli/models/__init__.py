@@ -1,0 +1,1 @@
+"""The models. Modules take plain arguments, never a recipe, and import only PyTorch and `hmar_kernels`."""

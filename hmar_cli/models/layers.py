@@ -1,0 +1,208 @@
+"""Transformer layers: modulation, attention over scales, feed-forward.
+
+Letters: B batch, L tokens, C width, H heads, D = C / H.
+"""
+
+import math
+
+import torch
+from hmar_kernels import Pattern, scale_attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAX_LOG_SCALE = math.log(100)
+"""Cap on the learned log of the attention temperature."""
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Drop the residual branch x [B, ...] of whole samples with probability `rate`, scaling the rest."""
+    if rate == 0.0 or not training:
+        return x
+    keep = torch.empty(x.shape[0], *[1] * (x.ndim - 1), device=x.device).bernoulli_(1 - rate)
+    return x * (keep / (1 - rate)).to(x.dtype)
+
+
+class AdaLN(nn.Module):
+    """SiLU and a linear layer that turn a condition [B, C] into n modulation vectors [B, n, 1, C]."""
+
+    def __init__(self, width: int, vectors: int) -> None:
+        super().__init__()
+        self.vectors = vectors
+        self.linear = nn.Linear(width, vectors * width)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """Compute the modulation vectors."""
+        return self.linear(F.silu(condition)).unflatten(-1, (self.vectors, 1, -1))
+
+
+class AdaLNTable(nn.Module):
+    """A block's own offsets [n, 1, C] to modulation vectors [B, n, 1, C] that all blocks share (VAR-d36)."""
+
+    def __init__(self, width: int, vectors: int) -> None:
+        super().__init__()
+        self.offsets = nn.Parameter(torch.zeros(vectors, 1, width))
+
+    def forward(self, shared: Tensor) -> Tensor:
+        """Add the offsets to the shared vectors."""
+        return shared + self.offsets
+
+
+class KeyValueCache:
+    """Keys and values of all scales so far, for every block: VAR's cache, allocated once at full length.
+
+    Args:
+        blocks: number of blocks.
+        batch: rows B.
+        total: tokens L of the whole sequence.
+        heads: H.
+        head_size: D.
+        device: where it lives.
+        dtype: of keys and values.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        batch: int,
+        total: int,
+        heads: int,
+        head_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (blocks, batch, total, heads, head_size)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+
+    def extend(self, block: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, n, H, D] of tokens start..start+n; return all up to there, [B, start + n, H, D]."""
+        stop = start + k.shape[1]
+        self.keys[block, :, start:stop] = k
+        self.values[block, :, start:stop] = v
+        return self.keys[block, :, :stop], self.values[block, :, :stop]
+
+
+class ScaleAttention(nn.Module):
+    """Self-attention with L2-normalised queries and keys and a learned temperature per head.
+
+    Args:
+        width: C.
+        heads: H.
+        pattern: which scales a token sees.
+        implementation: of `hmar_kernels`.
+    """
+
+    def __init__(self, width: int, heads: int, pattern: Pattern, implementation: str) -> None:
+        super().__init__()
+        self.heads, self.pattern, self.implementation = heads, pattern, implementation
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))  # keys have no bias
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.log_scale = nn.Parameter(torch.full((heads,), math.log(4.0)))
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: tuple[int, ...],
+        cache: KeyValueCache | None = None,
+        block: int = 0,
+    ) -> Tensor:
+        """Attend within x [B, L, C].
+
+        Args:
+            x: tokens, [B, N, C].
+            lengths: tokens of each scale that the keys span; x is the end of it when a cache holds the rest.
+            cache: keys and values of earlier scales.
+            block: this layer's place in the cache.
+        """
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias)  # [B, N, 3C]
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(dim=2)  # 3 x [B, N, H, D]
+        temperature = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()[:, None]  # [H, 1]
+        q = (F.normalize(q.float(), dim=-1) * temperature).to(v.dtype)
+        k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        if cache is not None:
+            k, v = cache.extend(block, sum(lengths) - x.shape[1], k, v)
+        out = scale_attention(q, k, v, lengths, self.pattern, implementation=self.implementation)
+        return self.proj(out.flatten(2))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh-GELU between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., C] to [..., C]."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """A modulated transformer block: attention, then feed-forward, each behind an adaptive LayerNorm.
+
+    Args:
+        width: C.
+        heads: H.
+        mlp_ratio: hidden width of the feed-forward over C.
+        drop_path_rate: probability that a sample skips a residual branch in training.
+        shared_adaln: take modulation vectors that all blocks share, plus a table of this block's own.
+        pattern: which scales a token sees.
+        implementation: of `hmar_kernels`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        drop_path_rate: float,
+        shared_adaln: bool,
+        pattern: Pattern,
+        implementation: str,
+    ) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.adaln = AdaLNTable(width, 6) if shared_adaln else AdaLN(width, 6)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = ScaleAttention(width, heads, pattern, implementation)
+        self.feed_forward = FeedForward(width, round(width * mlp_ratio))
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        lengths: tuple[int, ...],
+        cache: KeyValueCache | None = None,
+        block: int = 0,
+    ) -> Tensor:
+        """Transform x [B, N, C] under `condition`: [B, C], or shared vectors [B, 6, 1, C]."""
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.adaln(condition).unbind(dim=1)  # 6 x [B, 1, C]
+        attended = self.attention(self.norm(x) * (1 + scale1) + shift1, lengths, cache, block)
+        x = x + drop_path(gamma1 * attended, self.drop_path_rate, self.training)
+        fed = self.feed_forward(self.norm(x) * (1 + scale2) + shift2)
+        return x + drop_path(gamma2 * fed, self.drop_path_rate, self.training)
+
+
+class OutputHead(nn.Module):
+    """Adaptive LayerNorm and a linear layer to V logits, in float32.
+
+    Args:
+        width: C.
+        vocab_size: V.
+    """
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__()
+        self.adaln = AdaLN(width, 2)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, vocab_size)
+
+    def forward(self, x: Tensor, class_embedding: Tensor) -> Tensor:
+        """Map x [B, N, C] and the class embedding [B, C] to logits [B, N, V]."""
+        with torch.autocast(x.device.type, enabled=False):
+            scale, shift = self.adaln(class_embedding.float()).unbind(dim=1)  # 2 x [B, 1, C]
+            return self.linear(self.norm(x.float()) * (1 + scale) + shift)  # type: ignore[no-any-return]

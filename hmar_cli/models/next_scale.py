@@ -1,0 +1,242 @@
+"""The VAR and HMAR transformer: one module that differs in its attention pattern, and HMAR's masked branch.
+
+Letters: B batch, K scales, n_k tokens of scale k, L = sum of n_k, C width, Z codebook channels, V codebook size.
+"""
+
+import copy
+import math
+
+import torch
+from hmar_kernels import Pattern
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hmar_cli.models.layers import AdaLN, AdaLNTable, Block, KeyValueCache, OutputHead
+from hmar_cli.models.scales import Scales
+
+
+class MaskedBranch(nn.Module):
+    """HMAR's second set of late blocks and its head, which redraw masked tokens of a scale (section D.3).
+
+    Args:
+        blocks: the branch's own copy of the last blocks.
+        head: its own norm and output layer.
+        leak_free: masked tokens are left out before own-scale maps are upsampled, not after.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, head: OutputHead, leak_free: bool) -> None:
+        super().__init__()
+        self.blocks, self.head, self.leak_free = blocks, head, leak_free
+        self.mask_embed = nn.Parameter(torch.zeros(head.linear.in_features))
+
+
+class NextScaleTransformer(nn.Module):
+    """Predicts the tokens of every scale from the image so far.
+
+    With the causal pattern it is VAR: a token sees its own and all earlier scales. With the diagonal pattern it is
+    HMAR: a token sees its own scale alone, whose input already holds everything generated before it.
+
+    Args:
+        scales: the token grids, coarse to fine.
+        z_channels: codebook channels Z.
+        vocab_size: codebook size V.
+        num_classes: classes, not counting the extra "no class" row.
+        depth: blocks.
+        width: C.
+        heads: H.
+        pattern: "causal" or "diagonal".
+        mlp_ratio: hidden width of the feed-forward over C.
+        drop_path_rate: at the last block, rising linearly from 0; None is 0.1 depth / 24.
+        shared_adaln: one modulation layer for all blocks plus a table a block.
+        gamma_init: factor on the initial weights of the modulation gates.
+        attention: implementation of `hmar_kernels`.
+        masked_layers: blocks of the masked branch; 0 builds none.
+        leak_free: see `MaskedBranch`.
+    """
+
+    def __init__(
+        self,
+        *,
+        scales: Scales,
+        z_channels: int,
+        vocab_size: int,
+        num_classes: int,
+        depth: int,
+        width: int,
+        heads: int,
+        pattern: Pattern,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float | None = None,
+        shared_adaln: bool = False,
+        gamma_init: float = 1e-5,
+        attention: str = "auto",
+        masked_layers: int = 0,
+        leak_free: bool = False,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"expected a width that {heads} heads divide, got {width}")
+        self.scales, self.num_classes, self.heads = scales, num_classes, heads
+        self.class_embed = nn.Embedding(num_classes + 1, width)
+        self.start_embed = nn.Parameter(torch.empty(1, scales.lengths[0], width))
+        self.word_embed = nn.Linear(z_channels, width)
+        self.level_embed = nn.Embedding(len(scales), width)
+        self.pos_embed = nn.Parameter(torch.empty(1, scales.total, width))
+        self.shared_adaln = AdaLN(width, 6) if shared_adaln else None
+        last = 0.1 * depth / 24 if drop_path_rate is None else drop_path_rate
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                mlp_ratio,
+                last * i / max(1, depth - 1),
+                shared_adaln,
+                pattern,
+                attention,
+            )
+            for i in range(depth)
+        )
+        self.head = OutputHead(width, vocab_size)
+        self.masked: MaskedBranch | None = None
+        level = torch.cat([torch.full((n,), k) for k, n in enumerate(scales.lengths)])
+        self.register_buffer("level", level, persistent=False)  # [L], the scale of each position
+        self.initialize(gamma_init)
+        if masked_layers:
+            self.attach_masked_branch(masked_layers, leak_free)
+
+    def initialize(self, gamma_init: float) -> None:
+        """Draw the initial weights (VAR, section 4 and its published initialisation)."""
+        width, depth = self.class_embed.embedding_dim, len(self.blocks)
+        std = math.sqrt(1 / (3 * width))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.start_embed, std=std)
+        nn.init.trunc_normal_(self.pos_embed, std=std)
+        with torch.no_grad():
+            self.head.linear.weight.mul_(0.02)
+            self.head.adaln.linear.weight.mul_(0.5)
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                block.attention.proj.weight.div_(math.sqrt(2 * depth))
+                block.feed_forward.fc2.weight.div_(math.sqrt(2 * depth))
+                if isinstance(block.adaln, AdaLNTable):
+                    vectors = block.adaln.offsets.normal_(std=width**-0.5)  # [6, 1, C]
+                else:
+                    vectors = block.adaln.linear.weight.unflatten(0, (6, width))  # [6, C, C]
+                vectors[:2].mul_(gamma_init)  # the gates
+                vectors[2:].mul_(0.5)  # scales and shifts
+
+    def attach_masked_branch(self, layers: int, leak_free: bool = False) -> MaskedBranch:
+        """Start the masked branch as a copy of the last `layers` blocks and the head (section D.3).
+
+        Raises:
+            ValueError: more layers than blocks.
+        """
+        if not 1 <= layers <= len(self.blocks):
+            raise ValueError(f"expected 1 to {len(self.blocks)} masked layers, got {layers}")
+        late = self.blocks[len(self.blocks) - layers :]
+        self.masked = MaskedBranch(copy.deepcopy(late), copy.deepcopy(self.head), leak_free)
+        self.masked.requires_grad_(True)
+        width = self.class_embed.embedding_dim
+        nn.init.trunc_normal_(self.masked.mask_embed, std=math.sqrt(1 / (3 * width)))
+        return self.masked
+
+    def forward(
+        self,
+        labels: Tensor,
+        inputs: Tensor,
+        own: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of all scales at once, each from its true input (teacher forcing).
+
+        Args:
+            labels: [B] int64; `num_classes` is "no class".
+            inputs: [B, L - n_1, Z], next-scale inputs of scales 2..K.
+            own: [B, L - n_1, Z], own-scale maps; given, the masked branch answers.
+            mask: [L - n_1] or [B, L - n_1] bool, the masked positions.
+
+        Returns:
+            [B, L, V] float32.
+        """
+        class_embedding = self.class_embed(labels)  # [B, C]
+        x = torch.cat(
+            [self._start(class_embedding), self._embed(inputs, own, mask)], dim=1
+        )  # [B, L, C]
+        x = x + self.level_embed(self.level) + self.pos_embed
+        return self._transform(x, class_embedding, self.scales.lengths, own is not None)
+
+    def forward_scale(
+        self,
+        k: int,
+        labels: Tensor,
+        inputs: Tensor | None,
+        own: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits of one scale, for sampling.
+
+        Args:
+            k: the scale, from 0.
+            labels: [B] int64.
+            inputs: [B, n_k, Z], its next-scale input; None for scale 0.
+            own: [B, n_k, Z], its own-scale map; given, the masked branch answers.
+            mask: [B, n_k] bool, the masked positions.
+            cache: of earlier scales, for the causal pattern.
+
+        Returns:
+            [B, n_k, V] float32.
+        """
+        class_embedding = self.class_embed(labels)
+        x = self._start(class_embedding) if inputs is None else self._embed(inputs, own, mask)
+        x = x + self.level_embed.weight[k] + self.pos_embed[:, self.scales.slice(k)]
+        lengths = self.scales.lengths[: k + 1] if cache is not None else self.scales.lengths[k : k + 1]
+        return self._transform(x, class_embedding, lengths, own is not None, cache)
+
+    def make_cache(self, batch: int, dtype: torch.dtype) -> KeyValueCache | None:
+        """Allocate the key-value cache for `batch` rows; None for the diagonal pattern, which needs none."""
+        attention = self.blocks[0].attention
+        assert isinstance(attention, nn.Module)
+        if attention.pattern == "diagonal":
+            return None
+        width = self.class_embed.embedding_dim
+        device = self.pos_embed.device
+        return KeyValueCache(
+            len(self.blocks), batch, self.scales.total, self.heads, width // self.heads, device, dtype
+        )
+
+    def _start(self, class_embedding: Tensor) -> Tensor:
+        """Tokens of the first scale, [B, n_1, C]: the class, at the start position."""
+        return class_embedding[:, None] + self.start_embed
+
+    def _embed(self, inputs: Tensor, own: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Embed scale inputs [B, n, Z] as tokens [B, n, C], without level and position."""
+        if own is None:
+            return self.word_embed(inputs)  # type: ignore[no-any-return]
+        assert self.masked is not None and mask is not None
+        shown = F.linear(own, self.word_embed.weight)
+        shown = torch.where(mask[..., None], self.masked.mask_embed.to(shown.dtype), shown)
+        return self.word_embed(inputs) + shown  # type: ignore[no-any-return]
+
+    def _transform(
+        self,
+        x: Tensor,
+        class_embedding: Tensor,
+        lengths: tuple[int, ...],
+        masked: bool,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Run blocks and head on x [B, n, C]: the shared lower blocks, then one of the two late branches."""
+        condition = class_embedding if self.shared_adaln is None else self.shared_adaln(class_embedding)
+        blocks, head = list(self.blocks), self.head
+        if masked:
+            assert self.masked is not None
+            blocks[len(blocks) - len(self.masked.blocks) :] = list(self.masked.blocks)
+            head = self.masked.head
+        for i, block in enumerate(blocks):
+            x = block(x, condition, lengths, cache, i)
+        return head(x, class_embedding)  # type: ignore[no-any-return]
