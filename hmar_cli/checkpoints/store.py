@@ -229,17 +229,21 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def prune(run: Path, keep: int, never: Path | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints of a run folder, and what a killed run left half-written.
+    """Delete all but the newest `keep` checkpoints of a run folder, at least one.
 
     Args:
         run: the run folder.
-        keep: how many to keep, at least one.
+        keep: how many to keep.
         never: a checkpoint that stays in any case.
     """
     for folder in list_steps(run)[: -max(keep, 1)]:
         if never is None or folder.resolve() != never.resolve():
             # renamed first, so that a checkpoint is whole or gone, whatever interrupts the deletion
             shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")))
+
+
+def clean(run: Path) -> None:
+    """Delete what a killed run left half-written or half-deleted in its folder."""
     for leftover in [*run.glob(".step-*.tmp"), *run.glob(".step-*.old")]:
         shutil.rmtree(leftover, ignore_errors=True)
 

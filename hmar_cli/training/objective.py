@@ -9,15 +9,15 @@ from torch import Tensor, nn
 class Objective(nn.Module):
     """A loss and the networks that it trains; the trainer knows nothing else about a model family.
 
-    A subclass registers its modules as usual, names the trained ones in `networks`, and computes everything in one
-    `forward`, since that call is what gets wrapped for several processes: terms of several networks (a generator
-    and its discriminator) belong in the one returned loss, each on detached values of the other.
+    A subclass registers its modules as usual, names the trained ones in `networks`, and computes everything
+    in one `forward`, since that call is what gets wrapped for several processes: terms of several networks (a
+    generator and its discriminator) belong in the one returned loss, each on detached values of the other.
 
     Attributes:
-        networks: the trained networks by name. The one called "model" is saved as the result and averaged; the
-            others are only kept for resuming. Parameters that are not trained have `requires_grad` False.
-        unused_parameters: True where a step may leave some trained parameter out of the loss, which costs a search
-            of the graph when several processes train.
+        networks: the trained networks by name. The one called "model" is saved as the result and averaged;
+            the others are only kept for resuming. Parameters not to be trained have `requires_grad` False.
+        unused_parameters: True where a step may leave some trained parameter out of the loss, which costs a
+            search of the graph when several processes train.
     """
 
     networks: dict[str, nn.Module]
@@ -31,9 +31,9 @@ class Objective(nn.Module):
             progress: share of training that lies behind this step, in [0, 1).
 
         Returns:
-            The scalar to differentiate, and detached metrics: scalars, or vectors with one number a scale (K,),
-            finite, of a name and shape that are the same in every step. The trainer averages them over
-            micro-batches, steps and processes.
+            The scalar to differentiate, and detached metrics: scalars, or vectors with one number a scale
+            (K,), finite, of names and shapes that are the same in every step. The trainer averages them over
+            micro-batches, steps and processes; a "loss" is added where there is none.
         """
         raise NotImplementedError
 
@@ -50,7 +50,7 @@ class Objective(nn.Module):
         """Act after an optimizer step, on every process alike; `step` counts the steps done, from 1."""
 
     def resume_state(self) -> dict[str, Tensor]:
-        """Tensors beyond the networks' state dicts that an exact continuation needs, such as usage counters."""
+        """Tensors beyond the networks' state dicts that an exact continuation needs, e.g. usage counters."""
         return {}
 
     def load_resume_state(self, state: dict[str, Tensor]) -> None:
