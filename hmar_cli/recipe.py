@@ -1,16 +1,54 @@
 """Recipes: TOML files read into the typed settings below, every mistake reported at once.
 
 A recipe says everything about one run. Each section is one dataclass; a section that comes in several kinds
-(`[objective]`) names its own by `kind`. Settings that a run finds out (class count, cache) are filled in by the
-commands, and the resolved recipe is stored with every checkpoint.
+(`[objective]`) names its own by `kind`. Settings that a run finds out (class count, cache) are filled in by
+the commands, and the resolved recipe is stored with every checkpoint.
+
+A file is complete in itself or begins with `extends = "NAME"` (a shipped recipe, or a file beside it), and a
+section may take the section of another recipe by `extends = "NAME"`. The type of a setting is its check: a
+range is part of the annotation, and what must hold between settings is in `impossible_combinations`.
 """
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+import difflib
+import importlib.resources
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from hmar_cli.models.scales import Scales, Side
+import tomli
+import tomli_w
+
+from hmar_cli.errors import UserError
+from hmar_cli.models.scales import Scales, Side, check_schedule
 
 Weighting = Literal["none", "equal", "linear", "sqrt", "exp-decay", "lognormal"]
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a number, as part of its annotation."""
+
+    low: float
+    high: float = float("inf")
+    open: bool = False  # `low` itself is not allowed
+
+    def __contains__(self, number: float) -> bool:
+        return (number > self.low if self.open else number >= self.low) and number <= self.high
+
+    def __str__(self) -> str:
+        if self.high < float("inf"):
+            return f" from {self.low:g} to {self.high:g}"
+        return f" above {self.low:g}" if self.open else f" of at least {self.low:g}"
+
+
+Count = Annotated[int, Within(1)]
+Whole = Annotated[int, Within(0)]
+Positive = Annotated[float, Within(0, open=True)]
+Amount = Annotated[float, Within(0)]
+Share = Annotated[float, Within(0, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +58,9 @@ class Data:
     source: str = "builtin:shapes"  # see `hmar tokenize --help` for the spellings
     size: Side = 256  # pixels of a training image: a side, or [height, width]
     crop: Literal["adm", "var"] = "adm"  # centre crop of ADM, or resize to 1.125 x and crop as VAR
-    crops: int = 1  # cached crops of each image; the first is central, the others random ("var" only)
+    crops: Count = 1  # cached crops of each image; the first is central, the others random ("var" only)
     mirror: bool = True  # cache, or train on, mirrored copies too
-    workers: int = 2  # processes that decode images
+    workers: Whole = 2  # processes that decode images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +68,14 @@ class Msvq:
     """The multi-scale VQ tokenizer (VAR section 3.2; HMAR supplement E)."""
 
     kind: ClassVar[str] = "msvq"
-    channels: int = 160
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # each level after the first halves the resolution
-    res_blocks: int = 2  # residual blocks of a level
-    z_channels: int = 32
-    vocab_size: int = 4096
+    channels: Count = 160
+    multipliers: tuple[Count, ...] = (1, 1, 2, 2, 4)  # each level after the first halves the resolution
+    res_blocks: Count = 2  # residual blocks of a level
+    z_channels: Count = 32
+    vocab_size: Annotated[int, Within(2, 65536)] = 4096
     scales: tuple[Side, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    phi_count: int = 4  # partially shared residual convolutions
-    phi_ratio: float = 0.5  # share of the convolution in a phi's output
+    phi_count: Count = 4  # partially shared residual convolutions
+    phi_ratio: Share = 0.5  # share of the convolution in a phi's output
 
     @property
     def stride(self) -> int:
@@ -51,14 +89,14 @@ class NextScale:
 
     kind: ClassVar[str] = "next-scale"
     pattern: Literal["causal", "diagonal"] = "diagonal"  # VAR sees all earlier scales, HMAR its own alone
-    depth: int = 16
-    width: int = 1024
-    heads: int = 16
-    mlp_ratio: float = 4.0
-    drop_path: float | None = None  # at the last block, rising linearly from 0; by default 0.1 depth / 24
+    depth: Count = 16
+    width: Count = 1024
+    heads: Count = 16
+    mlp_ratio: Positive = 4.0
+    drop_path: Share | None = None  # at the last block, rising linearly from 0; by default 0.1 depth / 24
     shared_adaln: bool = False  # one modulation layer for all blocks, as VAR-d36 has
-    gamma_init: float = 1e-5  # factor on the initial modulation gates
-    num_classes: int = 1000  # replaced by the count that the data has
+    gamma_init: Amount = 1e-5  # factor on the initial modulation gates
+    num_classes: Count = 1000  # replaced by the count that the data has
     attention: str = "auto"  # an implementation of hmar_kernels
 
 
@@ -67,16 +105,16 @@ class MsvqObjective:
     """Training the multi-scale VQ tokenizer: reconstruction, perceptual, adversarial and commitment terms."""
 
     kind: ClassVar[str] = "msvq"
-    l1: float = 0.0
-    l2: float = 1.0
+    l1: Amount = 0.0
+    l2: Amount = 1.0
     perceptual: Literal["none", "random", "lpips"] = "random"  # features of a fixed random network, or LPIPS
-    perceptual_weight: float = 1.0
+    perceptual_weight: Amount = 1.0
     lpips_weights: str = ""  # file with LPIPS weights; empty downloads them
-    adversarial_weight: float = 0.0
-    adversarial_start: float = 0.5  # share of training after which the adversarial term acts
-    discriminator_channels: int = 64
-    commitment: float = 0.25
-    revive_after: int = 200  # steps after which an unused code is replaced by a feature; 0 never
+    adversarial_weight: Amount = 0.0
+    adversarial_start: Share = 0.5  # share of training after which the adversarial term acts
+    discriminator_channels: Count = 64
+    commitment: Amount = 0.25
+    revive_after: Whole = 200  # steps after which an unused code is replaced by a feature; 0 never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +123,7 @@ class NextScaleObjective:
 
     kind: ClassVar[str] = "next-scale"
     weighting: Weighting = "lognormal"
-    label_drop: float = 0.1
+    label_drop: Share = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,54 +131,58 @@ class MaskedObjective:
     """Masked finetuning of the last blocks (HMAR supplement D.3)."""
 
     kind: ClassVar[str] = "masked"
-    layers: int = 8  # blocks that are copied and trained
+    layers: Count = 8  # blocks that are copied and trained
     leak_free: bool = False  # mask tokens before they are upsampled, not after
-    label_drop: float = 0.1
+    label_drop: Share = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     """AdamW, its learning rate and its weight decay."""
 
-    base_lr: float = 1e-4  # at batch 256; the peak is base_lr * batch / 256
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    weight_decay_end: float | None = None  # a half cosine leads there; by default constant
-    clip: float = 2.0  # gradient norm; 0 never clips
+    base_lr: Positive = 1e-4  # at batch 256; the peak is base_lr * batch / 256
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    weight_decay: Amount = 0.05
+    weight_decay_end: Amount | None = None  # a half cosine leads there; by default constant
+    clip: Amount = 2.0  # gradient norm; 0 never clips
     schedule: str = "lin0"  # lin0, lin, lin00, lin<share>, cos, exp, constant
-    warmup: float = 0.02  # share of all steps
-    start_ratio: float = 0.005  # of the peak, at the first step
-    end_ratio: float = 0.1  # of the peak, at the last step
+    warmup: Share = 0.02  # share of all steps
+    start_ratio: Amount = 0.005  # of the peak, at the first step
+    end_ratio: Amount = 0.1  # of the peak, at the last step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """The run: its length, its batch, what it keeps and shows."""
 
-    batch_size: int = 768  # images per optimizer step, over all processes
-    accumulate: int = 1  # micro-batches per optimizer step
-    epochs: float = 200
-    steps: int = 0  # optimizer steps; 0 follows from epochs
-    seed: int = 0
+    batch_size: Count = 768  # images per optimizer step, over all processes
+    accumulate: Count = 1  # micro-batches per optimizer step
+    epochs: Positive = 200
+    steps: Whole = 0  # optimizer steps; 0 follows from epochs
+    seed: Whole = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 on a GPU and fp32 on a CPU
     compile: bool = False  # torch.compile
-    ema: float = 0.0  # decay of the averaged weights, warmed up; 0 keeps none
-    log_every: int = 50  # steps
-    save_every: int = 5000
-    sample_every: int = 5000
-    keep: int = 2  # checkpoints
+    ema: Annotated[float, Within(0, 0.9999999)] = (
+        0.0  # decay of the averaged weights, warmed up; 0 keeps none
+    )
+    log_every: Count = 50  # steps
+    save_every: Count = 5000
+    sample_every: Whole = 5000  # 0 never
+    keep: Count = 2  # checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """How images are drawn."""
 
-    cfg: float = 1.5  # guidance at the last scale, growing linearly from 0 at the first
-    top_k: int = 900  # 0 keeps all
-    top_p: float = 0.96  # 0 keeps all
-    refine_cfg: float = 0.0  # guidance of the refinement passes
-    schedule: tuple[tuple[int, ...], ...] = ()  # tokens kept by each pass of each scale; empty: no refinement
-    batch_size: int = 64
+    cfg: Amount = 1.5  # guidance at the last scale, growing linearly from 0 at the first
+    top_k: Whole = 900  # 0 keeps all
+    top_p: Share = 0.96  # 0 keeps all
+    refine_cfg: Amount = 0.0  # guidance of the refinement passes
+    schedule: tuple[
+        tuple[Count, ...], ...
+    ] = ()  # tokens kept by each pass of each scale; empty: no refinement
+    batch_size: Count = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +194,9 @@ class Recipe:
     data: Data = field(default_factory=Data)
     tokenizer: Msvq = field(default_factory=Msvq)
     model: NextScale | None = None  # absent where the tokenizer itself is trained
-    objective: MsvqObjective | NextScaleObjective | MaskedObjective = field(default_factory=NextScaleObjective)
+    objective: MsvqObjective | NextScaleObjective | MaskedObjective = field(
+        default_factory=NextScaleObjective
+    )
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     sample: Sample = field(default_factory=Sample)
@@ -161,3 +205,415 @@ class Recipe:
     def scales(self) -> Scales:
         """The scales of tokenizer and model."""
         return Scales.of(self.tokenizer.scales)
+
+
+# Finding and loading
+
+
+def recipe_folder() -> Path:
+    """The folder of the shipped recipes: in the installed package, or `recipes/` of the checkout."""
+    try:
+        return Path(str(importlib.resources.files("hmar_cli.recipes")))
+    except ModuleNotFoundError:  # run from a checkout that is not installed
+        return Path(__file__).resolve().parent.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted so that d8 comes before d16."""
+    names = (path.stem for path in recipe_folder().glob("*.toml"))
+    return sorted(
+        names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    )
+
+
+def recipe_path(name_or_path: str, beside: Path | None = None) -> Path:
+    """The file of a shipped recipe's name, or of a path (which ends in `.toml` or contains a `/`).
+
+    Args:
+        name_or_path: what the user wrote.
+        beside: the folder that relative paths start from; by default the current one.
+
+    Raises:
+        UserError: no such recipe or file.
+    """
+    if name_or_path.endswith(".toml") or "/" in name_or_path:
+        path = (beside or Path()) / Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise UserError(f"no recipe file {path}", "check the path, or give a name of `hmar recipes list`")
+        return path
+    path = recipe_folder() / f"{name_or_path}.toml"
+    if not path.is_file():
+        near = difflib.get_close_matches(name_or_path, recipe_names(), 1, 0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"no recipe named {name_or_path!r}", hint + "`hmar recipes list` names them all")
+    return path
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a shipped recipe by name, or a recipe file by path.
+
+    Args:
+        name_or_path: `hmar-d16`, or a path such as `./mine.toml`.
+        overrides: `section.key=value`, the value as TOML writes it; what is no TOML is taken as a string.
+            They act after all `extends`, in order.
+
+    Raises:
+        UserError: no such recipe, or mistakes in it or in the overrides; all of them are in `details`.
+    """
+    problems: list[str] = []
+    path = recipe_path(name_or_path)
+    table = _lay(_overrides(overrides, problems), _load_table(path, (), problems), Path(), (), problems)
+    table.setdefault("name", path.stem)
+    return _checked(table, problems, f"recipe {name_or_path}")
+
+
+def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
+    """Check a resolved recipe (one without `extends`, as `to_toml` writes it).
+
+    Raises:
+        UserError: mistakes; all of them are in `details`.
+    """
+    return _checked(table, [], f"recipe {table.get('name', '')}".rstrip())
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Write every setting; `recipe_from_dict(tomli.loads(...))` gives the same recipe back."""
+    text = tomli_w.dumps(to_dict(recipe))
+    # tomli_w spreads lists over lines; no list of a recipe holds strings, so each can be folded
+    return re.sub(r"= \[\n.*?\n\]$", lambda found: _fold(found.group()), text, flags=re.MULTILINE | re.DOTALL)
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """A recipe, or one of its sections, as TOML's types; a setting that is None is left out."""
+    table = {"kind": settings.kind} if hasattr(settings, "kind") else {}
+    for name in (each.name for each in fields(settings)):
+        value = getattr(settings, name)
+        if value is not None:
+            table[name] = to_dict(value) if is_dataclass(value) else _plain(value)
+    return table
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, (tuple, list)) else value
+
+
+def _fold(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", text).replace("[ ", "[").replace(", ]", "]").replace(",]", "]")
+
+
+def _checked(table: Mapping[str, Any], problems: list[str], what: str) -> Recipe:
+    """The recipe of a table, or all that is wrong with it, added to what was already found."""
+    recipe: Recipe = _section(table, Recipe, "", problems)
+    wrong = _settings_in(problems)  # their defaults stand in; what follows from a stand-in is no mistake
+    problems.extend(each for each in impossible_combinations(recipe) if not wrong & _settings_in([each]))
+    if not problems:
+        return recipe
+    count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+    raise UserError(
+        f"{what} has {count}", "`hmar recipes show NAME` prints every setting of a recipe", problems
+    )
+
+
+def _settings_in(problems: Sequence[str]) -> set[str]:
+    return set(re.findall(r"[a-z]+\.[a-z][a-z_0-9]*", " ".join(problems)))
+
+
+# Layers of tables: parents, the file itself, overrides
+
+
+def _load_table(path: Path, chain: tuple[Path, ...], problems: list[str]) -> dict[str, Any]:
+    """Read a file and whatever it extends into one table without `extends`."""
+    path = path.resolve()
+    try:
+        table = tomli.loads(path.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        problems.append(f"{path.name}: not valid TOML: {error}")
+        return {}
+    chain = (*chain, path)
+    parent: dict[str, Any] = {}
+    if "extends" in table:
+        parent = _parent(table.pop("extends"), "extends", path.parent, chain, problems)
+        parent = {key: value for key, value in parent.items() if key not in ("name", "description")}
+    return _lay(table, parent, path.parent, chain, problems)
+
+
+def _parent(
+    name: Any, where: str, folder: Path, chain: tuple[Path, ...], problems: list[str]
+) -> dict[str, Any]:
+    """The table of another recipe; {} with a problem noted if there is none, or if it leads back here."""
+    if not isinstance(name, str):
+        problems.append(f"{where}: expected the name or path of a recipe, got {_show(name)}")
+        return {}
+    try:
+        path = recipe_path(name, folder).resolve()
+    except UserError as error:
+        problems.append(f"{where}: {error}; {error.hint}")
+        return {}
+    if path in chain:
+        circle = " -> ".join(each.stem for each in (*chain[chain.index(path) :], path))
+        problems.append(f"{where}: recipes extend each other in a circle: {circle}")
+        return {}
+    return _load_table(path, chain, problems)
+
+
+def _lay(
+    table: dict[str, Any], base: dict[str, Any], folder: Path, chain: tuple[Path, ...], problems: list[str]
+) -> dict[str, Any]:
+    """Lay `table` over `base`, setting by setting; a section that changes its kind starts anew."""
+    merged = dict(base)
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            merged[key] = value
+            continue
+        section, below = dict(value), merged.get(key)
+        if "extends" in section:
+            below = _parent(section.pop("extends"), f"{key}.extends", folder, chain, problems).get(key)
+        kinds = {each["kind"] for each in (section, below) if isinstance(each, dict) and "kind" in each}
+        if not isinstance(below, dict) or len(kinds) > 1:
+            below = {}
+        merged[key] = {**below, **section}
+    return merged
+
+
+def _overrides(texts: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """Turn `section.key=value` texts into a table."""
+    table: dict[str, Any] = {}
+    for text in texts:
+        path, equals, written = text.partition("=")
+        *sections, key = path.strip().split(".")
+        if not equals or not key or len(sections) > 1:
+            problems.append(f"--set {text}: expected section.key=value, for instance train.batch_size=64")
+            continue
+        target = table.setdefault(sections[0], {}) if sections else table
+        if not isinstance(target, dict):
+            problems.append(f"--set {text}: {sections[0]} is set to a value already")
+            continue
+        target[key] = _toml_value(written.strip())
+    return table
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        parsed = tomli.loads(f"value = {text}")
+    except tomli.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+# Checking one table against the dataclasses
+
+_BAD: Any = object()  # stands for a value whose problem has been noted
+
+
+def _section(table: Any, cls: type[Any], path: str, problems: list[str]) -> Any:
+    """Build one dataclass from a table, noting each unknown key and wrong value (its default stands in)."""
+    if not isinstance(table, Mapping):
+        problems.append(f"{path}: expected a section of settings, got {_show(table)}")
+        return _BAD
+    hints = get_type_hints(cls, include_extras=True)
+    known = {each.name: hints[each.name] for each in fields(cls)}
+    values = {}
+    for key, value in table.items():
+        where = f"{path}.{key}" if path else key
+        if key in known:
+            values[key] = _value(value, known[key], where, problems)
+        elif key == "kind" and hasattr(cls, "kind"):
+            if value != cls.kind:
+                problems.append(f'{where}: expected "{cls.kind}", got {_show(value)}')
+        else:
+            problems.append(
+                f"{where}: unknown {'setting' if path else 'section'}; {_nearest(key, path, known)}"
+            )
+    return cls(**{key: value for key, value in values.items() if value is not _BAD})
+
+
+def _value(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
+    """Convert one value to its annotation; `_BAD` if it does not fit, with the problem noted."""
+    sections = [each for each in (hint, *get_args(hint)) if isinstance(each, type) and is_dataclass(each)]
+    if len(sections) > 1:
+        return _kind(value, sections, path, problems)
+    if sections:
+        return _section(value, sections[0], path, problems)
+    converted = _fit(value, hint)
+    if converted is _BAD:
+        problems.append(f"{path}: expected {_describe(hint)}, got {_show(value)}")
+    return converted
+
+
+def _kind(table: Any, sections: Sequence[type[Any]], path: str, problems: list[str]) -> Any:
+    """Build the section whose kind the table names."""
+    kinds = {section.__dict__["kind"]: section for section in sections}
+    kind = table.get("kind") if isinstance(table, Mapping) else None
+    if kind in kinds:
+        return _section(table, kinds[kind], path, problems)
+    choices = " or ".join(f'"{each}"' for each in kinds)
+    problems.append(f"{path}.kind: expected {choices}, got {_show(kind) if kind is not None else 'nothing'}")
+    return _BAD
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, or `_BAD`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        number = _fit(value, arguments[0])
+        return number if number is not _BAD and number in arguments[1] else _BAD
+    if origin is Literal:
+        return value if any(value == each and type(value) is type(each) for each in arguments) else _BAD
+    if origin in (Union, types.UnionType):
+        return next((fit for each in arguments if (fit := _fit(value, each)) is not _BAD), _BAD)
+    if origin is tuple or origin is Sequence:
+        return _fit_list(value, arguments, pair=origin is Sequence)
+    if hint is types.NoneType:
+        return None if value == "none" else _BAD
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    return value if type(value) is hint else _BAD
+
+
+def _fit_list(value: Any, arguments: tuple[Any, ...], pair: bool) -> Any:
+    """`value` as a tuple: of any length for `X, ...`, a height and a width for a `Side`, else one each."""
+    if not isinstance(value, (list, tuple)):
+        return _BAD
+    if arguments[-1] is Ellipsis:
+        arguments = arguments[:1] * len(value)
+    elif pair:
+        arguments = arguments * 2
+    if len(arguments) != len(value):
+        return _BAD
+    fitted = tuple(_fit(each, hint) for each, hint in zip(value, arguments, strict=True))
+    return _BAD if any(each is _BAD for each in fitted) else fitted
+
+
+def _describe(hint: Any) -> str:
+    """An annotation in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return f"{_describe(arguments[0])}{arguments[1]}"
+    if origin is Literal:
+        return " or ".join(_show(each) for each in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(each) for each in arguments)
+    if origin is Sequence:
+        return "[height, width]"
+    if origin is tuple:
+        inner = _describe(arguments[0])
+        return (
+            f"a list, each {inner}"
+            if arguments[-1] is Ellipsis
+            else f"a list of {len(arguments)}, each {inner}"
+        )
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}.get(
+        hint, '"none"'
+    )
+
+
+def _show(value: Any) -> str:
+    text = (
+        str(value).lower()
+        if isinstance(value, bool)
+        else f'"{value}"'
+        if isinstance(value, str)
+        else str(value)
+    )
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _nearest(key: str, path: str, known: Mapping[str, Any]) -> str:
+    """What an unknown key may have meant: the same key elsewhere, a similar one here, or elsewhere."""
+    here = {name: f"{path}.{name}" if path else f"[{name}]" for name in known}
+    everywhere = {name: f"{section}.{name}" for section, _, name in _all_settings()}
+    kinds = [kind for section, kind, name in _all_settings() if (section, name) == (path, key)]
+    if kinds:
+        return f'{path}.kind = "{kinds[0]}" has it, this kind has not'
+    if path and key in everywhere:
+        return f"did you mean {everywhere[key]}?"
+    for names in (here, everywhere):
+        if near := difflib.get_close_matches(key, names, 1, 0.6):
+            return f"did you mean {names[near[0]]}?"
+    near = difflib.get_close_matches(key, here, 1, 0.0)
+    return f"the nearest is {here[near[0]]}" if near else f"{path} has no settings"
+
+
+def _all_settings() -> Iterator[tuple[str, str, str]]:
+    """Every (section, its kind, setting), for suggestions."""
+    for section, hint in get_type_hints(Recipe).items():
+        for cls in (hint, *get_args(hint)):
+            if isinstance(cls, type) and is_dataclass(cls):
+                yield from ((section, getattr(cls, "kind", ""), each.name) for each in fields(cls))
+
+
+# What must hold between settings
+
+
+def impossible_combinations(recipe: Recipe) -> list[str]:
+    """All contradictions between the settings of a recipe, one line each."""
+    try:
+        scales = recipe.scales
+    except ValueError as error:
+        return [f"tokenizer.scales: {error}"]
+    problems = [*_tokenizer_problems(recipe, scales), *_run_problems(recipe)]
+    if recipe.model is not None:
+        problems.extend(_model_problems(recipe.model))
+    if recipe.objective.kind == "msvq" and recipe.model is not None:
+        problems.append('objective.kind: "msvq" trains the tokenizer, so there is no [model]')
+    if recipe.objective.kind != "msvq" and recipe.model is None:
+        problems.append(f'objective.kind: "{recipe.objective.kind}" trains a [model], and there is none')
+    if isinstance(recipe.objective, MaskedObjective) and recipe.model is not None:
+        layers, depth = recipe.objective.layers, recipe.model.depth
+        if layers > depth:
+            problems.append(f"objective.layers: {layers} blocks to finetune, but model.depth is {depth}")
+        if recipe.model.pattern != "diagonal":
+            problems.append('objective.kind: "masked" finetunes HMAR, model.pattern = "diagonal"')
+    if recipe.sample.schedule:
+        try:
+            check_schedule(recipe.sample.schedule, scales)
+        except ValueError as error:
+            problems.append(f"sample.schedule: {error}")
+    return problems
+
+
+def _grid(sides: Sequence[int]) -> str:
+    return "x".join(str(side) for side in sides)
+
+
+def _tokenizer_problems(recipe: Recipe, scales: Scales) -> Iterator[str]:
+    tokenizer, size = recipe.tokenizer, recipe.data.size
+    pixels = (size, size) if isinstance(size, int) else tuple(size)
+    covered = tuple(side * tokenizer.stride for side in scales.grid)
+    if covered != pixels:
+        yield (
+            f"tokenizer.scales: the last, {_grid(scales.grid)}, times the stride {tokenizer.stride} of "
+            f"tokenizer.multipliers is {_grid(covered)} pixels, but data.size is {_grid(pixels)}"
+        )
+    for width in sorted({tokenizer.channels * each for each in tokenizer.multipliers}):
+        if width % 32:
+            yield f"tokenizer.channels: {width} channels of a level do not split into 32 groups"
+    if not tokenizer.multipliers:
+        yield "tokenizer.multipliers: expected one or more levels, got none"
+
+
+def _model_problems(model: NextScale) -> Iterator[str]:
+    if model.width % model.heads:
+        yield f"model.width: {model.width} is not divisible by model.heads = {model.heads}"
+    elif model.width // model.heads % 8 or model.width // model.heads > 256:
+        yield (
+            f"model.heads: {model.width // model.heads} channels a head; "
+            "attention kernels need a multiple of 8, at most 256"
+        )
+
+
+def _run_problems(recipe: Recipe) -> Iterator[str]:
+    data, optim, train = recipe.data, recipe.optim, recipe.train
+    if data.crops > 1 and data.crop != "var":
+        yield f'data.crops: {data.crops} crops of an image need data.crop = "var"; the centre crop has one'
+    if train.batch_size % train.accumulate:
+        yield f"train.batch_size: {train.batch_size} is not divisible by train.accumulate, {train.accumulate}"
+    if not re.fullmatch(r"lin0|lin|lin00|lin0\.\d+|cos|exp|constant", optim.schedule):
+        yield (
+            f"optim.schedule: expected lin, lin0, lin00, lin<share> such as lin0.2, cos, exp or constant, "
+            f'got "{optim.schedule}"'
+        )
+    if optim.schedule == "exp" and optim.end_ratio == 0:
+        yield "optim.end_ratio: an exponential schedule never reaches 0"
+    if max(optim.betas) >= 1:
+        yield f"optim.betas: expected numbers below 1, got {list(optim.betas)}"
