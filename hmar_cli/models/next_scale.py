@@ -76,7 +76,7 @@ class NextScaleTransformer(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"expected a width that {heads} heads divide, got {width}")
-        self.scales, self.num_classes, self.heads = scales, num_classes, heads
+        self.scales, self.num_classes, self.heads, self.pattern = scales, num_classes, heads, pattern
         self.class_embed = nn.Embedding(num_classes + 1, width)
         self.start_embed = nn.Parameter(torch.empty(1, scales.lengths[0], width))
         self.word_embed = nn.Linear(z_channels, width)
@@ -199,9 +199,7 @@ class NextScaleTransformer(nn.Module):
 
     def make_cache(self, batch: int, dtype: torch.dtype) -> KeyValueCache | None:
         """Allocate the key-value cache for `batch` rows; None for the diagonal pattern, which needs none."""
-        attention = self.blocks[0].attention
-        assert isinstance(attention, nn.Module)
-        if attention.pattern == "diagonal":
+        if self.pattern == "diagonal":
             return None
         width = self.class_embed.embedding_dim
         device = self.pos_embed.device

@@ -1,0 +1,268 @@
+"""Readers of the published checkpoint formats of VAR, HMAR and their tokenizer.
+
+Each format is a list of key patterns; a reader renames a published state dict to this project's names, reads the
+settings off the shapes, and accounts for every key. Files are read without unpickling anything but tensors.
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hmar_cli.errors import UserError
+from hmar_cli.recipe import MaskedObjective, Msvq, NextScale, NextScaleObjective
+
+State = dict[str, Tensor]
+
+LICENCES = {
+    "var": "MIT (FoundationVision/VAR)",
+    "msvq": "MIT (FoundationVision/VAR)",
+    "hmar": "NVIDIA source code licence, non-commercial (NVlabs/HMAR)",
+}
+
+_ATTENTION = {
+    "attn.mat_qkv.weight": "attention.qkv.weight",
+    "attn.q_bias": "attention.q_bias",
+    "attn.v_bias": "attention.v_bias",
+    "attn.scale_mul_1H11": "attention.log_scale",
+    "attn.proj.weight": "attention.proj.weight",
+    "attn.proj.bias": "attention.proj.bias",
+    "ffn.fc1.weight": "feed_forward.fc1.weight",
+    "ffn.fc1.bias": "feed_forward.fc1.bias",
+    "ffn.fc2.weight": "feed_forward.fc2.weight",
+    "ffn.fc2.bias": "feed_forward.fc2.bias",
+    "ada_lin.1.weight": "adaln.linear.weight",
+    "ada_lin.1.bias": "adaln.linear.bias",
+    "ada_gss": "adaln.offsets",
+}
+_WHOLE = {
+    "pos_start": "start_embed",
+    "pos_1LC": "pos_embed",
+    "class_emb.weight": "class_embed.weight",
+    "lvl_embed.weight": "level_embed.weight",
+    "word_embed.weight": "word_embed.weight",
+    "word_embed.bias": "word_embed.bias",
+    "word_embed_bias": "word_embed.bias",
+    "mask_embed.weight": "masked.mask_embed",
+    "shared_ada_lin.1.weight": "shared_adaln.linear.weight",
+    "shared_ada_lin.1.bias": "shared_adaln.linear.bias",
+}
+_HEAD = {
+    "head_nm.ada_lin.1.weight": "head.adaln.linear.weight",
+    "head_nm.ada_lin.1.bias": "head.adaln.linear.bias",
+    "head.weight": "head.linear.weight",
+    "head.bias": "head.linear.bias",
+}
+_RESHAPED = {"log_scale": (-1,), "mask_embed": (-1,), "adaln.offsets": (6, 1, -1)}
+_DERIVED = re.compile(r"lvl_1L|attn_bias_for_masking|(\w*blocks\.\d+\.)?attn\.zero_k_bias|quantize\.ema_vocab_hit_SV")
+"""Buffers that follow from the settings, or that no output depends on."""
+
+_MSVQ = (
+    (re.compile(r"quantize\.embedding\.weight"), r"quantizer.codebook.weight"),
+    (re.compile(r"quantize\.quant_resi\.qresi_ls\.(\d+)\.(weight|bias)"), r"quantizer.phis.\1.\2"),
+    (re.compile(r"quantize\.quant_resi\.qresi\.(weight|bias)"), r"quantizer.phis.0.\1"),
+    (re.compile(r"((?:encoder|decoder|quant_conv|post_quant_conv)\..+)"), r"\1"),
+)
+
+
+@dataclass
+class Imported:
+    """A published state dict under this project's names.
+
+    Attributes:
+        format: "msvq", "next-scale" (VAR, or HMAR before masked finetuning), "masked" (HMAR's masked model alone)
+            or "merged" (HMAR's sampling model).
+        state: tensors by this project's names.
+        derived: published keys that were left out because they follow from the settings.
+    """
+
+    format: str
+    state: State
+    derived: list[str] = field(default_factory=list)
+
+    @property
+    def masked_layers(self) -> int:
+        """Blocks of the masked branch."""
+        return 1 + max(
+            (int(k.split(".")[2]) for k in self.state if k.startswith("masked.blocks.")), default=-1
+        )
+
+
+def read_file(path: Path) -> State:
+    """Read the tensors of a published file: safetensors, or a PyTorch file loaded with `weights_only`.
+
+    A training checkpoint that wraps its state dict (`trainer.var_wo_ddp`, `trainer.hmar_wo_ddp`, `model`,
+    `state_dict`) is unwrapped.
+
+    Raises:
+        UserError: the file is missing, broken, would run code, or holds no state dict.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file: {path}", "download the published file first; imports never fetch anything")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds pickled objects beyond tensors, which could run code: refused",
+            "keep only its state dict, on a machine where you trust the file",
+        ) from error
+    except (RuntimeError, ValueError, EOFError, SafetensorError) as error:
+        raise UserError(f"{path} is no readable checkpoint: {error}") from error
+    for wrapper in ("trainer", "model", "state_dict", "var_wo_ddp", "hmar_wo_ddp"):
+        inner = loaded.get(wrapper) if isinstance(loaded, dict) else None
+        if isinstance(inner, dict):
+            loaded = inner
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()) or not loaded:
+        raise UserError(f"{path} holds no state dict", "expected a dictionary of tensors")
+    return {re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in loaded.items()}
+
+
+def read_msvq(state: Mapping[str, Tensor]) -> Imported:
+    """Rename a published multi-scale tokenizer.
+
+    Raises:
+        UserError: keys that the format doesn't have.
+    """
+    imported, unknown = Imported("msvq", {}), []
+    for key, value in state.items():
+        target = next((p.sub(to, key) for p, to in _MSVQ if p.fullmatch(key)), None)
+        if target is not None:
+            imported.state[target] = value.float()
+        elif _DERIVED.fullmatch(key):
+            imported.derived.append(key)
+        else:
+            unknown.append(key)
+    _require_known(unknown, "msvq")
+    return imported
+
+
+def read_transformer(state: Mapping[str, Tensor]) -> Imported:
+    """Rename a published VAR or HMAR transformer; keys of a tokenizer inside it (`vae.`) are left out.
+
+    Raises:
+        UserError: keys that the format doesn't have.
+    """
+    merged = any(key.startswith("base_blocks.") for key in state)
+    masked = "mask_embed.weight" in state and not merged
+    imported = Imported("merged" if merged else "masked" if masked else "next-scale", {})
+    lower = len({k.split(".")[1] for k in state if k.startswith("base_blocks.")})
+    unknown = []
+    for key, value in state.items():
+        if key.startswith(("vae.", "vae_proxy.", "vae_local.")) or _DERIVED.fullmatch(key):
+            imported.derived.append(key)
+        elif (target := _transformer_key(key, lower)) is not None:
+            shape = next((s for leaf, s in _RESHAPED.items() if target.endswith(leaf)), value.shape)
+            imported.state[target] = value.float().reshape(shape)
+        else:
+            unknown.append(key)
+    _require_known(unknown, "transformer")
+    return imported
+
+
+def _transformer_key(key: str, lower: int) -> str | None:
+    """This project's name of a published transformer key; `lower` blocks are shared in the merged format."""
+    if key in _WHOLE:
+        return _WHOLE[key]
+    if key in _HEAD:
+        return _HEAD[key]
+    if key.startswith("ns_head") and key[3:] in _HEAD:
+        return _HEAD[key[3:]]
+    if key.startswith("mask_head") and key[5:] in _HEAD:
+        return "masked." + _HEAD[key[5:]]
+    match = re.fullmatch(r"(base_|ns_|mask_|)blocks\.(\d+)\.(.+)", key)
+    if match is None or match[3] not in _ATTENTION:
+        return None
+    index = int(match[2]) + (lower if match[1] == "ns_" else 0)
+    return f"{'masked.' if match[1] == 'mask_' else ''}blocks.{index}.{_ATTENTION[match[3]]}"
+
+
+def _require_known(unknown: list[str], format: str) -> None:
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} keys don't belong to the published {format} format",
+            "check --format",
+            [*unknown[:8], *(["..."] if len(unknown) > 8 else [])],
+        )
+
+
+def merge(next_scale: Imported, masked: Imported, layers: int) -> Imported:
+    """Join a next-scale model and a masked model into the sampling model (supplement D.3).
+
+    Lower and late blocks, embeddings and the next-scale head come from the next-scale model; late blocks, head and
+    mask embedding of the masked branch from the masked one.
+
+    Args:
+        next_scale: of format "next-scale".
+        masked: of format "masked".
+        layers: late blocks that masked finetuning trained.
+    """
+    state = dict(next_scale.state)
+    depth = block_count(state)
+    for key, value in masked.state.items():
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+        if match and int(match[1]) >= depth - layers:
+            state[f"masked.blocks.{int(match[1]) - depth + layers}.{match[2]}"] = value
+        elif key.startswith("head."):
+            state[f"masked.{key}"] = value
+    state["masked.mask_embed"] = masked.state["masked.mask_embed"]
+    return Imported("merged", state, [*next_scale.derived, *masked.derived])
+
+
+def block_count(state: Mapping[str, Tensor]) -> int:
+    """Number of blocks of the next-scale branch."""
+    return 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+
+
+def model_settings(imported: Imported, pattern: str) -> tuple[NextScale, NextScaleObjective | MaskedObjective]:
+    """Read the settings of a transformer off its shapes.
+
+    Args:
+        imported: of format "next-scale" or "merged".
+        pattern: "causal" or "diagonal", which no shape tells.
+    """
+    state = imported.state
+    classes, width = state["class_embed.weight"].shape
+    heads = state["blocks.0.attention.log_scale"].numel()
+    model = NextScale(
+        pattern="causal" if pattern == "causal" else "diagonal",
+        depth=block_count(state),
+        width=width,
+        heads=heads,
+        mlp_ratio=state["blocks.0.feed_forward.fc1.weight"].shape[0] / width,
+        shared_adaln="shared_adaln.linear.weight" in state,
+        num_classes=classes - 1,
+    )
+    if imported.format == "merged":
+        return model, MaskedObjective(layers=imported.masked_layers)
+    return model, NextScaleObjective(weighting="none" if pattern == "causal" else "lognormal")
+
+
+def tokenizer_settings(imported: Imported, scales: tuple[int | tuple[int, int], ...]) -> Msvq:
+    """Read the settings of a tokenizer off its shapes.
+
+    Args:
+        imported: of format "msvq".
+        scales: sides of the scales, which no shape tells.
+    """
+    state = imported.state
+    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+    channels = state["encoder.conv_in.weight"].shape[0]
+    widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    vocab_size, z_channels = state["quantizer.codebook.weight"].shape
+    return Msvq(
+        channels=channels,
+        multipliers=tuple(w // channels for w in widths),
+        res_blocks=1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block.")),
+        z_channels=z_channels,
+        vocab_size=vocab_size,
+        scales=scales,
+        phi_count=len({k.split(".")[2] for k in state if k.startswith("quantizer.phis.")}),
+    )

@@ -1,0 +1,212 @@
+"""`hmar checkpoint`: import published weights, and say what a checkpoint is."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hmar_cli.checkpoints.published import Imported
+    from hmar_cli.recipe import Recipe
+
+app = typer.Typer(no_args_is_help=True, help="Import published weights, and say what a checkpoint is.")
+
+SCALES = {
+    680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    9451: (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
+"""The published scale lists by their sequence length."""
+
+IMPORT_HELP = """
+Read a file that the authors of VAR or HMAR published, rename its tensors and write a checkpoint folder.
+
+Nothing is downloaded, and nothing but tensors is ever unpickled. Every key of the file is accounted for. The
+licence of the weights is stated and kept with them: VAR's are MIT, HMAR's are for non-commercial use.
+
+**Examples**
+
+- `hmar checkpoint import vae_ch160v4096z32.pth --format msvq --out checkpoints/msvq-256`
+- `hmar checkpoint import var_d16.pth --format var --tokenizer checkpoints/msvq-256 --out checkpoints/var-d16`
+- `hmar checkpoint import hmar-d16.pth --format hmar --tokenizer checkpoints/msvq-256 --out checkpoints/hmar-d16`
+- `hmar checkpoint import masked.pth --format hmar --base next-scale.pth --out checkpoints/merged`
+"""
+
+INSPECT_HELP = """
+Say what a checkpoint is: its kind, recipe, step, classes, parameters, tokenizer, origin and licence.
+
+**Examples**
+
+- `hmar checkpoint inspect runs/hmar-tiny`
+- `hmar checkpoint inspect checkpoints/var-d16 --json`
+"""
+
+
+@app.command("import", help=IMPORT_HELP)
+def import_(
+    file: Annotated[Path, typer.Argument(help="The published file: .pth, .pt, .bin or .safetensors.")],
+    format: Annotated[Literal["var", "hmar", "msvq"], typer.Option(help="Whose format it is.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the tokenizer, carried along with a model.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Next-scale file to merge a masked model (--format hmar) with.")
+    ] = None,
+    masked_layers: Annotated[int, typer.Option(min=1, help="Late blocks of a masked model to merge.")] = 8,
+    scales: Annotated[str, typer.Option(help="Sides of the scales, as 1,2,3,4. [default: the published]")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON.")] = False,
+) -> None:
+    """Import a published file; the help text is `IMPORT_HELP`."""
+    from hmar_cli.builders import build_model, build_tokenizer, load_tokenizer, load_weights
+    from hmar_cli.checkpoints import published
+    from hmar_cli.checkpoints.store import save_checkpoint
+    from hmar_cli.console import console
+    from hmar_cli.files import file_sha256
+
+    if out.exists():
+        raise UserError(f"{out} exists", "choose another --out, or remove it")
+    state = published.read_file(file)
+    imported = published.read_msvq(state) if format == "msvq" else published.read_transformer(state)
+    if imported.format == "masked":
+        if base is None:
+            raise UserError(
+                f"{file} is a masked model, without the next-scale blocks that sampling needs",
+                "pass its next-scale file with --base",
+            )
+        next_scale = published.read_transformer(published.read_file(base))
+        imported = published.merge(next_scale, imported, masked_layers)
+    recipe = _recipe(imported, format, _sides(scales, imported))
+    carried, fingerprint = None, ""
+    if format == "msvq":
+        codec = build_tokenizer(recipe.tokenizer)
+        load_weights(codec, imported.state, file)
+        fingerprint = codec.fingerprint()
+    else:
+        load_weights(build_model(recipe), imported.state, file)
+        if tokenizer is not None:
+            from hmar_cli.checkpoints.store import find_checkpoint
+
+            carried, fingerprint = find_checkpoint(tokenizer), load_tokenizer(tokenizer).fingerprint()
+    save_checkpoint(
+        out,
+        recipe=recipe,
+        weights={"model": imported.state},
+        class_names=_class_names(recipe),
+        step=0,
+        tokenizer=carried,
+        tokenizer_hash=fingerprint,
+        licence=published.LICENCES[format],
+        source={"file": file.name, "sha256": file_sha256(file), "format": imported.format},
+    )
+    account = {
+        "format": imported.format,
+        "imported": len(imported.state),
+        "derived": imported.derived,
+        "parameters": sum(t.numel() for t in imported.state.values()),
+        "licence": published.LICENCES[format],
+        "checkpoint": str(out),
+    }
+    console.print(
+        f"{len(imported.state)} tensors imported, {len(imported.derived)} derived buffers left out, none unknown"
+    )
+    console.print(f"licence of these weights: {account['licence']}")
+    if format != "msvq" and carried is None:
+        console.print("no --tokenizer was given: pass one to `hmar sample --tokenizer`")
+    if as_json:
+        print(json.dumps(account, indent=2))
+    else:
+        print(out)
+
+
+def _sides(text: str, imported: "Imported") -> tuple[int, ...]:
+    """The scale list: as given, or the published one of the sequence's length."""
+    if text:
+        try:
+            return tuple(int(part) for part in text.split(","))
+        except ValueError as error:
+            raise UserError(f"--scales {text}: expected whole numbers, as 1,2,3,4") from error
+    total = imported.state["pos_embed"].shape[1] if "pos_embed" in imported.state else 680
+    if total not in SCALES:
+        raise UserError(f"no published scale list has {total} tokens", "pass --scales, as 1,2,3,4")
+    return SCALES[total]
+
+
+def _recipe(imported: "Imported", format: str, sides: tuple[int, ...]) -> "Recipe":
+    """The recipe of imported weights: settings read off their shapes, the rest from the shipped recipe."""
+    from dataclasses import replace
+
+    from hmar_cli.checkpoints import published
+    from hmar_cli.recipe import MsvqObjective, Recipe, load_recipe, recipe_names
+
+    if imported.format == "msvq":
+        settings = published.tokenizer_settings(imported, sides)
+        name, model, objective = f"msvq-{sides[-1] * settings.stride}", None, MsvqObjective()
+    else:
+        model, objective = published.model_settings(imported, "causal" if format == "var" else "diagonal")
+        pixels = sides[-1] * 16
+        name = f"{format}-d{model.depth}" + (f"-{pixels}" if pixels != 256 else "")
+        name += "-masked" if imported.format == "merged" else ""
+        z_channels, vocab_size = imported.state["word_embed.weight"].shape[1], None
+        vocab_size = imported.state["head.linear.weight"].shape[0]
+        settings = replace(Recipe().tokenizer, scales=sides, z_channels=z_channels, vocab_size=vocab_size)
+    known = load_recipe(name) if name in recipe_names() else Recipe(name=name)
+    data = replace(known.data, size=sides[-1] * settings.stride)
+    sample = known.sample if known.model else replace(known.sample, schedule=())
+    return replace(known, data=data, tokenizer=settings, model=model, objective=objective, sample=sample)
+
+
+def _class_names(recipe: "Recipe") -> tuple[str, ...]:
+    """Names of the classes: ImageNet's where there are 1000, else numbers."""
+    if recipe.model is None:
+        return ()
+    if recipe.model.num_classes == 1000:
+        from torchvision.models import ResNet50_Weights
+
+        return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
+    return tuple(str(i) for i in range(recipe.model.num_classes))
+
+
+@app.command("inspect", help=INSPECT_HELP)
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint or run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Describe a checkpoint; the help text is `INSPECT_HELP`."""
+    from hmar_cli.checkpoints.store import find_checkpoint, open_checkpoint
+
+    checkpoint = open_checkpoint(find_checkpoint(path))
+    recipe = checkpoint.recipe
+    names = checkpoint.class_names
+    about: dict[str, Any] = {
+        "checkpoint": str(checkpoint.folder),
+        "kind": checkpoint.kind,
+        "recipe": recipe.name,
+        "step": checkpoint.step,
+        "weights": list(checkpoint.weights),
+        "parameters": sum(t.numel() for t in checkpoint.load("model").values()),
+        "size": recipe.data.size,
+        "scales": list(recipe.tokenizer.scales),
+        "classes": len(names),
+        "class_names": list(names),
+        "masked_branch": recipe.objective.kind == "masked",
+        "resumable": checkpoint.resumable,
+        "tokenizer_hash": checkpoint.tokenizer_hash,
+        "tokenizer": "carried" if checkpoint.tokenizer else None,
+        "licence": checkpoint.licence or "your own",
+        "source": checkpoint.source,
+    }
+    if as_json:
+        print(json.dumps(about, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    table = Table(show_header=False)
+    for key, value in {**about, "class_names": shown}.items():
+        table.add_row(key.replace("_", " "), f"{value:,}" if key == "parameters" else str(value))
+    Console().print(table)

@@ -1,0 +1,1 @@
+"""Samplers: free functions of (model, labels, settings, noise)."""

@@ -1,0 +1,179 @@
+"""From a model to image files: batches, processes, resuming."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hmar_cli.console import progress
+from hmar_cli.errors import UserError
+from hmar_cli.files import atomic_file, write_json
+from hmar_cli.models.next_scale import NextScaleTransformer
+from hmar_cli.report import image_grid, save_png, to_uint8
+from hmar_cli.sampling.next_scale import Settings, sample_next_scale
+from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.tokenizers.msvq import MultiScaleVQ
+
+GRID_LIMIT = 256
+"""Most images that the grid shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A set of images to draw: image i has label `labels[i % len(labels)]` and the noise of (seed, i)."""
+
+    settings: Settings
+    labels: tuple[int, ...]
+    count: int
+    seed: int
+    batch_size: int
+    precision: str = "auto"
+
+    def describe(self) -> dict[str, Any]:
+        """Every setting that the images depend on."""
+        return {**asdict(self.settings), "labels": self.labels, "count": self.count, "seed": self.seed}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 for "bf16", and for "auto" on a GPU.
+
+    Raises:
+        UserError: an unknown precision.
+    """
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"expected a precision of auto, bf16 or fp32, got {precision!r}")
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@torch.inference_mode()
+def generate(
+    model: NextScaleTransformer,
+    tokenizer: MultiScaleVQ,
+    job: Job,
+    indices: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """Draw the images of `indices`, [B, 3, H, W] in [-1, 1].
+
+    Raises:
+        UserError: the model gave numbers that are not finite.
+    """
+    index = torch.tensor(indices, device=device)
+    labels = torch.tensor(job.labels, device=device)[index % len(job.labels)]
+    try:
+        with autocast(device, job.precision):
+            noise = PhiloxNoise(job.seed, index)
+            _, f_hat = sample_next_scale(model, tokenizer.quantizer, labels, job.settings, noise)
+            return tokenizer.decode(f_hat).float()
+    except FloatingPointError as error:
+        raise UserError(
+            f"images {indices[0]} to {indices[-1]}: {error}",
+            "try --precision fp32; if it stays, the weights themselves are broken",
+        ) from error
+
+
+def draw_images(
+    model: NextScaleTransformer,
+    tokenizer: MultiScaleVQ,
+    job: Job,
+    out: Path,
+    device: str,
+    about: dict[str, Any],
+    columns: int,
+    npz: bool,
+) -> dict[str, Any]:
+    """Draw all images of a job into `out`: 000000.png ..., grid.png, sample.json, and samples.npz on request.
+
+    Images that an earlier run with the same settings finished are kept.
+
+    Args:
+        model: the transformer, in evaluation mode.
+        tokenizer: its tokenizer.
+        job: what to draw.
+        out: folder for the files.
+        device: "cpu", "cuda", ...; "" for a GPU where there is one.
+        about: recorded in sample.json; a folder with another record is refused.
+        columns: of the grid.
+        npz: also write all images as one array for ADM's evaluator.
+
+    Returns:
+        Seconds, images per second and images that were there already.
+
+    Raises:
+        UserError: the folder holds other images, or the model gave numbers that are not finite.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    place = torch.device(device) if device and state.num_processes == 1 else state.device
+    out.mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        _claim(out, about)
+    state.wait_for_everyone()
+    model.to(place)
+    tokenizer.to(place)
+    share = range(state.process_index, job.count, state.num_processes)
+    missing = [i for i in share if not image_path(out, i).exists()]
+    start = time.perf_counter()
+    with progress("sampling", len(share), completed=len(share) - len(missing)) as bar:
+        for first in range(0, len(missing), job.batch_size):
+            batch = missing[first : first + job.batch_size]
+            images = to_uint8(generate(model, tokenizer, job, batch, place))
+            for i, pixels in zip(batch, images, strict=True):
+                save_png(Image.fromarray(pixels), image_path(out, i))
+            bar.advance(len(batch))
+    seconds = time.perf_counter() - start
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _finish(out, job.count, columns, npz)
+    return {
+        "device": str(place),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(missing) * state.num_processes / seconds, 2),
+        "already_there": len(share) - len(missing),
+    }
+
+
+def image_path(out: Path, index: int) -> Path:
+    """Where image `index` of a job lies."""
+    return out / f"{index:06d}.png"
+
+
+def _claim(out: Path, about: dict[str, Any]) -> None:
+    """Record the job in sample.json, or see that the same job left the images that are there."""
+    record = out / "sample.json"
+    stated = json.loads(json.dumps(about))
+    if record.exists():
+        try:
+            same = json.loads(record.read_text(encoding="utf-8")) == stated
+        except ValueError:
+            same = False
+        if not same:
+            raise UserError(f"{out} holds images of other settings", "choose another --out")
+    elif image_path(out, 0).exists():
+        raise UserError(f"{out} holds images of an unknown origin", "choose another --out")
+    else:
+        write_json(record, stated)
+
+
+def _finish(out: Path, count: int, columns: int, npz: bool) -> None:
+    """Write the grid of the first images and, on request, the array of all."""
+
+    def pixels(i: int) -> np.ndarray[Any, Any]:
+        with Image.open(image_path(out, i)) as image:
+            return np.asarray(image)
+
+    shown = [pixels(i) for i in range(min(count, GRID_LIMIT))]
+    save_png(image_grid(shown, columns), out / "grid.png")
+    if npz:
+        with atomic_file(out / "samples.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, arr_0=np.stack([pixels(i) for i in range(count)]))

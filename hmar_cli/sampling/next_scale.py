@@ -1,0 +1,203 @@
+"""Sampling of VAR and HMAR: a draft of each scale, then refinement by multi-step masked prediction.
+
+Letters: B images, K scales, n_k tokens of scale k, V codebook size, Z codebook channels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hmar_cli.models.layers import KeyValueCache
+from hmar_cli.models.next_scale import NextScaleTransformer
+from hmar_cli.models.scales import Schedule, check_schedule
+from hmar_cli.tokenizers.msvq import ScaleQuantizer
+
+
+class Noise(Protocol):
+    """What a sampler needs of a source of random numbers."""
+
+    def draw(self, probabilities: Tensor, step: int) -> Tensor:
+        """Draw one token a position, [B, n, V] -> [B, n]; `step` numbers the draws of an image."""
+
+
+Trace = Callable[[str, Tensor], None]
+"""Receives intermediate tensors by name (`logits.k`, `draft.k`, `masked.k.j`, ...), for tests and analyses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How tokens are drawn.
+
+    Attributes:
+        cfg: guidance at the last scale; it grows linearly from 0 at the first.
+        top_k: candidates kept, 0 for all.
+        top_p: probability mass kept, 0 for all.
+        refine_cfg: guidance of the refinement passes, the same at every scale.
+        schedule: tokens kept by each pass of each scale; empty refines nothing.
+    """
+
+    cfg: float = 1.5
+    top_k: int = 0
+    top_p: float = 0.0
+    refine_cfg: float = 0.0
+    schedule: Schedule = ()
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Write -inf into all but the best entries.
+
+    Top-k keeps ties with the k-th entry. Top-p then acts on the distribution that top-k left: it removes entries,
+    smallest first, while their summed probability stays within 1 - p, and never the largest.
+
+    Args:
+        logits: [..., V] float32.
+        top_k: 0 keeps all; more than V keeps all.
+        top_p: 0 keeps all.
+    """
+    vocabulary = logits.shape[-1]
+    if 0 < top_k < vocabulary:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p > 0:
+        ascending, order = logits.sort(dim=-1)
+        removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        removed[..., -1] = False
+        logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), float("-inf"))
+    return logits
+
+
+@torch.inference_mode()
+def sample_next_scale(
+    model: NextScaleTransformer,
+    quantizer: ScaleQuantizer,
+    labels: Tensor,
+    settings: Settings,
+    noise: Noise,
+    *,
+    trace: Trace | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw the token pyramids of a batch of images (VAR, section 3.1; HMAR, multi-step masked prediction).
+
+    Args:
+        model: in evaluation mode; with a masked branch if the schedule refines.
+        quantizer: of the tokenizer that the model was trained on.
+        labels: [B] int64, classes; `num_classes` is "no class".
+        settings: guidance, filters and schedule.
+        noise: source of the draws.
+        trace: receives intermediate tensors.
+
+    Returns:
+        tokens [B, L] int64 and the feature map [B, Z, H, W] that the tokenizer decodes.
+
+    Raises:
+        ValueError: a schedule that doesn't fit the scales, or that refines without a masked branch.
+        FloatingPointError: logits that are not finite.
+    """
+    scales = model.scales
+    schedule = check_schedule(settings.schedule or [[n] for n in scales.lengths], scales)
+    if model.masked is None and any(len(passes) > 1 for passes in schedule):
+        raise ValueError("expected a model with a masked branch for a schedule that refines")
+    run = _Run(model, labels, settings, noise, trace or (lambda name, tensor: None))
+    tokens: list[Tensor] = []
+    f_hat = inputs = None
+    for k, passes in enumerate(schedule):
+        drawn, confidence = run.draft(k, inputs)
+        if len(passes) > 1 and inputs is not None:
+            drawn = run.refine(k, quantizer, inputs, drawn, confidence, passes)
+        run.trace(f"tokens.{k}", drawn)
+        tokens.append(drawn)
+        added = quantizer.contribution(drawn, k)
+        f_hat = added if f_hat is None else f_hat + added
+        if k + 1 < len(scales):
+            inputs = quantizer.scale_input(f_hat, k + 1)  # [B, n_{k+1}, Z]
+    assert f_hat is not None
+    if not run.finite:
+        raise FloatingPointError("the model's logits are not finite")
+    return torch.cat(tokens, dim=1), f_hat
+
+
+class _Run:
+    """One call of the sampler: guidance, the count of draws, and VAR's cache."""
+
+    def __init__(
+        self, model: NextScaleTransformer, labels: Tensor, settings: Settings, noise: Noise, trace: Trace
+    ) -> None:
+        self.model, self.settings, self.noise, self.trace = model, settings, noise, trace
+        self.labels, self.step = labels, 0
+        self.finite = torch.ones((), dtype=torch.bool, device=labels.device)  # read once, at the end
+        device = labels.device.type
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.pos_embed.dtype
+        )
+        self.cache = model.make_cache(len(labels) * (2 if settings.cfg else 1), dtype)
+
+    def draft(self, k: int, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Next-scale prediction of all of scale k: tokens [B, n_k] and their confidence [B, n_k]."""
+        strength = self.settings.cfg * k / max(1, len(self.model.scales) - 1)
+        guide = self.settings.cfg != 0  # at every scale, the first too: the cache holds both halves
+        logits = self._guided(guide, strength, k, inputs, None, None, self.cache)
+        self.trace(f"logits.{k}", logits)
+        tokens, confidence = self._draw(logits)
+        self.trace(f"draft.{k}", tokens)
+        return tokens, confidence
+
+    def refine(
+        self,
+        k: int,
+        quantizer: ScaleQuantizer,
+        inputs: Tensor,
+        tokens: Tensor,
+        confidence: Tensor,
+        passes: tuple[int, ...],
+    ) -> Tensor:
+        """Redraw the least confident tokens [B, n_k] of scale k, fewer in every pass (HMAR, section D.4)."""
+        assert self.model.masked is not None
+        strength = self.settings.refine_cfg
+        candidates = torch.ones_like(tokens, dtype=torch.bool)
+        for j in range(1, len(passes)):
+            self.trace(f"conf.{k}.{j}", confidence)
+            ranked = confidence.masked_fill(~candidates, float("inf")).argsort(dim=1, stable=True)
+            positions = ranked[:, : sum(passes[j:])]  # least confident first
+            self.trace(f"masked.{k}.{j}", positions)
+            mask = torch.zeros_like(candidates).scatter(1, positions, True)
+            keep = ~mask if self.model.masked.leak_free else None
+            own = quantizer.scale_input(quantizer.contribution(tokens, k, keep), k)
+            logits = self._guided(strength != 0, strength, k, inputs, own, mask, None)
+            self.trace(f"logits.{k}.{j}", logits)
+            redrawn, confidence = self._draw(logits)
+            tokens = torch.where(mask, redrawn, tokens)
+            candidates = mask
+            self.trace(f"tokens.{k}.{j}", tokens)
+        return tokens
+
+    def _guided(
+        self,
+        guide: bool,
+        strength: float,
+        k: int,
+        inputs: Tensor | None,
+        own: Tensor | None,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        """Logits [B, n_k, V] of scale k: (1 + s) conditional - s unconditional, both halves in one batch."""
+        labels, given = self.labels, (inputs, own, mask)
+        if guide:
+            labels = torch.cat([labels, torch.full_like(labels, self.model.num_classes)])  # [2B]
+            given = tuple(None if x is None else torch.cat([x, x]) for x in given)
+        logits = self.model.forward_scale(k, labels, *given, cache)
+        if guide:
+            conditional, unconditional = logits.chunk(2)
+            logits = (1 + strength) * conditional - strength * unconditional
+        return logits
+
+    def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Filter and draw: tokens [B, n_k] and their probabilities after the filter [B, n_k]."""
+        self.finite &= logits.isfinite().all()
+        probabilities = filter_logits(logits, self.settings.top_k, self.settings.top_p).softmax(dim=-1)
+        tokens = self.noise.draw(probabilities, self.step)
+        self.step += 1
+        return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]

@@ -1,0 +1,83 @@
+"""Random numbers as a function of (seed, image index, step, position) alone.
+
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) needs no state, so an image
+comes out the same whatever the batch size, the number of processes or the order of work.
+"""
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32-bit words of a (32 bits in int64) times a 32-bit constant, without overflow."""
+    low = (a & 0xFFFF) * constant  # < 2^48
+    high = (a >> 16) * constant + (low >> 16)  # < 2^49
+    return high >> 16, ((high << 16) | (low & 0xFFFF)) & _WORD
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Four words of Philox 4x32-10.
+
+    Args:
+        counter: four int64 tensors of one shape (or broadcastable), values in [0, 2^32).
+        key: two integers in [0, 2^32).
+
+    Returns:
+        Four int64 tensors, values in [0, 2^32).
+    """
+    c0, c1, c2, c3 = counter
+    for r in range(10):
+        k0, k1 = ((key[i] + r * _KEY_STEPS[i]) & _WORD for i in range(2))
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+    return c0, c1, c2, c3
+
+
+class PhiloxNoise:
+    """Draws tokens for a batch of images.
+
+    Args:
+        seed: in [0, 2^64).
+        images: [B] int64, each image's index in the whole run.
+    """
+
+    def __init__(self, seed: int, images: Tensor) -> None:
+        self.key = (seed & _WORD, seed >> 32 & _WORD)
+        self.images = images
+
+    def uniform(self, step: int, positions: int) -> Tensor:
+        """Numbers in (0, 1) for `positions` positions of every image at one step, [B, positions] float32."""
+        image = self.images[:, None]
+        position = torch.arange(positions, device=image.device)[None]
+        step_word = torch.full_like(image, step)
+        word, *_ = philox((position, step_word, image & _WORD, image >> 32), self.key)  # broadcast to [B, n]
+        return ((word >> 9).float() + 0.5) * 2.0**-23
+
+    def draw(self, probabilities: Tensor, step: int) -> Tensor:
+        """Draw one token a position by inverting the cumulative distribution.
+
+        Args:
+            probabilities: [B, n, V], non-negative; a token of probability 0 is never drawn.
+            step: number of this draw within the image.
+
+        Returns:
+            [B, n] int64.
+        """
+        cumulative = probabilities.cumsum(dim=-1)
+        target = self.uniform(step, probabilities.shape[1])[..., None] * cumulative[..., -1:]
+        return torch.searchsorted(cumulative, target, right=True)[..., 0].clamp_(
+            max=probabilities.shape[-1] - 1
+        )
+
+
+class Greedy:
+    """Takes the most probable token, for comparisons that must not depend on random numbers."""
+
+    def draw(self, probabilities: Tensor, step: int) -> Tensor:
+        """Arg-max of [B, n, V] over V."""
+        return probabilities.argmax(dim=-1)
