@@ -1,0 +1,222 @@
+"""Convolutional encoder and decoder that image tokenizers share (VQGAN, Esser et al. 2021, appendix C).
+
+Letters: B batch, C channels, H W height and width in pixels, h w those of a feature map.
+"""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups; of groups of four or more channels where 32 does not divide `channels`."""
+    groups = 32 if channels % 32 == 0 else math.gcd(max(channels // 4, 1), channels, 32)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions, each behind GroupNorm and SiLU, beside a shortcut.
+
+    Args:
+        c_in: channels that come.
+        c_out: channels that leave; where they differ, a 1x1 convolution is the shortcut.
+    """
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, c_in, h, w] to [B, c_out, h, w]."""
+        y = self.conv1(F.silu(self.norm1(x)))  # [B, c_out, h, w]
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))  # type: ignore[no-any-return]
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention of one head over the positions of a feature map.
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, h, w] to the same shape."""
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, hw, 3C]
+        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)  # 3 x [B, 1, hw, C]: one head
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, hw, C]
+        y = y.transpose(1, 2).reshape(x.shape)  # [B, C, h, w]
+        return x + self.proj_out(y)  # type: ignore[no-any-return]
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2, padded at the right and bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, 2h, 2w] to [B, C, h, w]."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # type: ignore[no-any-return]
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, h, w] to [B, C, 2h, 2w]."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttentionBlock(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, C, h, w] to the same shape."""
+        return self.block_2(self.attn_1(self.block_1(x)))  # type: ignore[no-any-return]
+
+
+class Level(nn.Module):
+    """The blocks of one resolution: `block`, `attn` (as many, or none), then `downsample` or `upsample`.
+
+    Args:
+        c_in: channels that come.
+        c_out: channels of every block's output.
+        blocks: number of residual blocks.
+        attention: follow each with an attention block.
+        resample: name and module of what changes the resolution afterwards.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, blocks: int, attention: bool, resample: tuple[str, nn.Module] | None
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(c_out) for _ in range(blocks if attention else 0))
+        self.resample = "" if resample is None else resample[0]
+        if resample is not None:
+            self.add_module(*resample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [B, c_in, h, w] to [B, c_out, h, w], [B, c_out, h/2, w/2] or [B, c_out, 2h, 2w]."""
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return self.get_submodule(self.resample)(x) if self.resample else x
+
+
+class Encoder(nn.Module):
+    """Images to features, halving the resolution between levels.
+
+    Args:
+        channels: width of the first level.
+        multipliers: width of each level over `channels`, from the highest resolution to the lowest.
+        res_blocks: residual blocks a level.
+        out_channels: channels of the features.
+        attention: attention after the residual blocks of the lowest resolution too, not only in the middle.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        multipliers: Sequence[int],
+        res_blocks: int,
+        out_channels: int,
+        attention: bool = True,
+    ) -> None:
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(
+                channels if i == 0 else widths[i - 1],
+                width,
+                res_blocks,
+                attention and i == last,
+                ("downsample", Downsample(width)) if i < last else None,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images [B, 3, H, W] to features [B, out_channels, h, w]."""
+        x = self.conv_in(images)  # [B, C, H, W]
+        for level in self.down:
+            x = level(x)  # halved by all levels but the last
+        x = self.mid(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Features to images, doubling the resolution between levels; `up` is ordered as the encoder's `down`.
+
+    Args:
+        channels: width of the level of highest resolution.
+        multipliers: as the encoder's.
+        res_blocks: the encoder's number; a decoder level has one more.
+        in_channels: channels of the features.
+        attention: attention after the residual blocks of the lowest resolution too, not only in the middle.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        multipliers: Sequence[int],
+        res_blocks: int,
+        in_channels: int,
+        attention: bool = True,
+    ) -> None:
+        super().__init__()
+        widths = [channels * m for m in multipliers]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            Level(
+                widths[min(i + 1, last)],
+                width,
+                res_blocks + 1,
+                attention and i == last,
+                ("upsample", Upsample(width)) if i > 0 else None,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [B, in_channels, h, w] to images [B, 3, H, W], not clamped."""
+        x = self.mid(self.conv_in(features))  # [B, C, h, w]
+        for level in reversed(self.up):
+            x = level(x)  # doubled by all levels but up[0]
+        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
