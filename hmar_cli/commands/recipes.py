@@ -1,0 +1,187 @@
+"""`hmar recipes`: list, show, compare and check recipes."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hmar_cli.errors import UserError
+from hmar_cli.recipe import (
+    MaskedObjective,
+    Recipe,
+    load_recipe,
+    recipe_names,
+    recipe_path,
+    to_dict,
+    to_toml,
+)
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="List, show, compare and check recipes."
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
+]
+
+
+@app.command("list")
+def list_recipes(as_json: Json = False) -> None:
+    """List the shipped recipes.
+
+    Examples:
+
+    `hmar recipes list`
+
+    `hmar recipes list --json`
+    """
+    rows = [_summary(load_recipe(name)) for name in recipe_names()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("recipe", "what", "data", "pixels", "tokens", "params", box=None, header_style="bold")
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column.header in ("recipe", "what", "data") else "right"
+    for row in rows:
+        parameters = f"{row['parameters'] / 1e6:.0f}M" if row["parameters"] else ""
+        table.add_row(*(str(row[key]) for key in ("name", "what", "data", "size", "tokens")), parameters)
+    Console().print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Name or path of a recipe.")],
+    overrides: Overrides = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Print the file as it is, with its comment.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print every setting of a recipe as TOML, with what it extends filled in.
+
+    Examples:
+
+    `hmar recipes show hmar-d16`
+
+    `hmar recipes show hmar-d16 --set train.batch_size=64 > mine.toml`
+
+    `hmar recipes show hmar-d16 --raw`
+    """
+    if raw:
+        if overrides or as_json:
+            raise UserError("--raw prints the file as it is", "leave out --set and --json")
+        print(recipe_path(name).read_text(encoding="utf-8"), end="")
+        return
+    recipe = load_recipe(name, overrides or ())
+    print(json.dumps(to_dict(recipe), indent=2) if as_json else to_toml(recipe).rstrip())
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="Name or path of a recipe.")],
+    second: Annotated[str, typer.Argument(help="Name or path of another.")],
+    as_json: Json = False,
+) -> None:
+    """Print the settings in which two recipes differ, side by side.
+
+    Examples:
+
+    `hmar recipes diff var-d16 hmar-d16`
+
+    `hmar recipes diff hmar-d16 ./mine.toml --json`
+    """
+    ours, theirs = (_flat(to_dict(load_recipe(name))) for name in (first, second))
+    keys = [key for key in {**ours, **theirs} if key not in ("name", "description")]
+    differing = {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
+    if as_json:
+        print(json.dumps({key: {first: a, second: b} for key, (a, b) in differing.items()}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("setting", first, second, box=None, header_style="bold")
+    for key, values in differing.items():
+        table.add_row(key, *(Text("" if value is None else json.dumps(value)) for value in values))
+    Console().print(table if differing else "the same settings")
+
+
+@app.command()
+def validate(
+    files: Annotated[
+        list[str] | None, typer.Argument(help="Recipe names or files; by default all shipped ones.")
+    ] = None,
+) -> None:
+    """Check every shipped recipe, or the files given; exit code 2 if there are mistakes, all printed.
+
+    Examples:
+
+    `hmar recipes validate`
+
+    `hmar recipes validate mine.toml other.toml`
+    """
+    names = files or recipe_names()
+    problems = [f"{name}: {mistake}" for name in names for mistake in _mistakes(name)]
+    if problems:
+        count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+        raise UserError(
+            f"{count} in {len(names)} recipe(s)", "`hmar recipes show NAME` prints a valid one", problems
+        )
+    print(f"{len(names)} recipes are valid" if len(names) > 1 else f"{names[0]} is valid")
+
+
+def _mistakes(name: str) -> tuple[str, ...]:
+    try:
+        load_recipe(name)
+    except UserError as error:
+        return error.details or (str(error),)
+    return ()
+
+
+def _summary(recipe: Recipe) -> dict[str, Any]:
+    family = {None: "tokenizer", "causal": "VAR", "diagonal": "HMAR"}[recipe.model and recipe.model.pattern]
+    source = Path(recipe.data.source.removeprefix("builtin:"))
+    data = source.parent.name if source.name == "train" else source.stem.removesuffix("-train")
+    return {
+        "name": recipe.name,
+        "what": f"{family}, masked" if recipe.objective.kind == "masked" else family,
+        "description": recipe.description,
+        "data": data,
+        "size": recipe.data.size,
+        "tokens": recipe.scales.total,
+        "parameters": transformer_parameters(recipe),
+    }
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def transformer_parameters(recipe: Recipe) -> int | None:
+    """Parameters of the recipe's transformer by a closed formula, without building it; None if there is none.
+
+    A masked recipe counts the merged model: the shared blocks, and two copies of the finetuned ones.
+    """
+    model, tokenizer, scales = recipe.model, recipe.tokenizer, recipe.scales
+    if model is None:
+        return None
+    width, hidden, vocabulary = model.width, round(model.width * model.mlp_ratio), tokenizer.vocab_size
+    modulation = width * 6 * width + 6 * width
+    attention = 3 * width * width + 2 * width + model.heads + width * width + width
+    block = (
+        attention + 2 * width * hidden + hidden + width + (6 * width if model.shared_adaln else modulation)
+    )
+    head = width * 2 * width + 2 * width + width * vocabulary + vocabulary  # modulated norm, then logits
+    embeddings = (model.num_classes + 1 + scales.lengths[0] + scales.total + len(scales)) * width
+    inputs = tokenizer.z_channels * width + width
+    total = embeddings + inputs + model.depth * block + head + (modulation if model.shared_adaln else 0)
+    if isinstance(recipe.objective, MaskedObjective):
+        total += recipe.objective.layers * block + head + width  # and the mask embedding
+    return total
