@@ -143,7 +143,8 @@ def _mistakes(name: str) -> tuple[str, ...]:
 
 
 def _summary(recipe: Recipe) -> dict[str, Any]:
-    family = {None: "tokenizer", "causal": "VAR", "diagonal": "HMAR"}[recipe.model and recipe.model.pattern]
+    pattern = recipe.model.pattern if recipe.model else None
+    family = {None: "tokenizer", "causal": "VAR", "diagonal": "HMAR"}[pattern]
     source = Path(recipe.data.source.removeprefix("builtin:"))
     data = source.parent.name if source.name == "train" else source.stem.removesuffix("-train")
     return {
