@@ -4,9 +4,10 @@ What a step computes follows from the recipe's seed and the step's number alone:
 stateless, and the random number generators are seeded before every micro-batch. So a checkpoint needs no
 generator state, and a resumed run repeats what an uninterrupted one does, on the CPU bit for bit.
 
-The host waits for the device only when it logs, saves or shows pictures. A loss or gradient that is not finite
-stops training before it can touch a weight: on a CPU the step's result is read at once; on a GPU the device
-itself skips this and every later update until the next log step, where training ends and names the step.
+The host waits for the device only when it logs, saves or shows pictures. A loss or gradient that is not
+finite stops training before it can touch a weight: on a CPU the step's result is read at once; on a GPU the
+device itself skips this and every later update until the next log step, where training ends with the number
+of the step.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from hmar_cli.console import console, progress
 from hmar_cli.data.ahead import prefetch
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_file
-from hmar_cli.recipe import Recipe
+from hmar_cli.recipe import Recipe, to_toml
 from hmar_cli.training.ema import Ema
 from hmar_cli.training.logging import Log, Means, Row
 from hmar_cli.training.objective import Objective
@@ -108,8 +109,12 @@ class Due(NamedTuple):
 
 @dataclass
 class Interrupt:
-    """Notes the first Ctrl-C or SIGTERM, so that the step can be finished; a second one acts at once."""
+    """Notes the first Ctrl-C or SIGTERM, so that the step can be finished.
 
+    A second one acts at once, unless there are several processes: their launcher repeats what they got.
+    """
+
+    several: bool = False
     number: int = 0
     _old: dict[int, Any] = field(default_factory=dict)
 
@@ -126,7 +131,8 @@ class Interrupt:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.number = number
-        self.__exit__()
+        if not self.several:
+            self.__exit__()
 
 
 def fit(
@@ -305,6 +311,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             log = bar = None
             if self.rank == 0:
+                with atomic_file(out / "recipe.toml") as temporary:
+                    temporary.write_text(to_toml(recipe), encoding="utf-8")
                 clean(out)
                 log = Log(out, self.step, wandb=wandb, name=recipe.name)
                 stack.callback(log.close)
@@ -312,7 +320,7 @@ class Trainer:
                 bar = stack.enter_context(progress(name, total, completed=self.step * batch))
             stream = self.stream(batches)
             stack.callback(stream.close)
-            interrupt = stack.enter_context(Interrupt())
+            interrupt = stack.enter_context(Interrupt(self.world > 1))
             clock, row = Clock(), Row()
             while self.step < self.plan.steps and not interrupt.number:
                 self.train_step(stream)
@@ -370,6 +378,7 @@ class Trainer:
         }
         if self.device.type == "cuda":
             row["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        self.recent.clear()
         row["images_per_second"] = round(images / max(seconds, 1e-9), 2)
         return row
 

@@ -1,0 +1,72 @@
+"""`hmar finetune-masked`: train HMAR's masked branch on a trained next-scale model."""
+
+from typing import Annotated
+
+import typer
+
+from hmar_cli.commands.train import (
+    Data,
+    Device,
+    DryRun,
+    Json,
+    Launch,
+    NoEma,
+    Out,
+    Resume,
+    Set,
+    Wandb,
+    check_device,
+    conclude,
+    resolve,
+)
+
+EXAMPLES = """
+Train HMAR's masked branch, which refines what the next-scale model drew.
+
+The last blocks and the head of BASE are copied and trained, with a new mask embedding; all else is frozen. The
+result holds both branches, so that `hmar sample` can draw with any refinement schedule.
+
+**Examples**
+
+- `hmar finetune-masked runs/hmar-tiny --data caches/shapes`
+- `hmar finetune-masked runs/hmar-cifar10 --data caches/cifar10 --set objective.leak_free=true`
+- `hmar finetune-masked runs/hmar-d16 --data caches/imagenet --recipe hmar-d16-masked --launch 8`
+- `hmar finetune-masked runs/hmar-cifar10 --data caches/cifar10 --resume`
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("finetune-masked", help=EXAMPLES)(finetune_masked)
+
+
+def finetune_masked(
+    base: Annotated[str, typer.Argument(help="Checkpoint or run folder of a next-scale model.")],
+    data: Data = "",
+    recipe: Annotated[str, typer.Option(help="Name or path. [default: the base's recipe and -masked]")] = "",
+    out: Out = "",
+    overrides: Set = None,
+    resume: Resume = False,
+    launch: Launch = 0,
+    device: Device = "",
+    no_ema: NoEma = False,
+    wandb: Wandb = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Finetune; the help text is `EXAMPLES`."""
+    check_device(device)
+    if not recipe:
+        from hmar_cli.checkpoints.store import open_checkpoint
+
+        recipe = f"{open_checkpoint(base).recipe.name}-masked"
+    resolved = resolve(recipe, overrides or [], no_ema, "")
+    if launch:
+        from hmar_cli.launch import delegate
+
+        delegate(launch, device)
+    from hmar_cli.runs import Options
+    from hmar_cli.runs import finetune_masked as run
+
+    options = Options(data=data, out=out, resume=resume, device=device, wandb=wandb, dry_run=dry_run)
+    conclude(run(base, resolved, options), resolved, as_json, dry_run)

@@ -1,0 +1,83 @@
+"""Starting several processes of a command on this machine, through Accelerate's launcher."""
+
+import os
+import sys
+
+import typer
+
+from hmar_cli.errors import UserError
+
+
+def without_launch(arguments: list[str]) -> list[str]:
+    """The arguments of a command less `--launch N`, for the processes that are started."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if not skip and argument != "--launch" and not argument.startswith("--launch="):
+            kept.append(argument)
+        skip = argument == "--launch"
+    return kept
+
+
+def delegate(processes: int, device: str = "") -> None:
+    """Run this same command in several processes and leave with their exit code; with one, just return.
+
+    On GPUs this is `accelerate launch --multi_gpu`. On CPUs Accelerate's launcher starts a single process, so
+    there it is the elastic launcher of PyTorch, which Accelerate uses itself.
+
+    Args:
+        processes: how many.
+        device: "cpu", "cuda" or "" for GPUs where there are any.
+
+    Raises:
+        UserError: more processes than GPUs.
+        typer.Exit: always, once the processes have ended.
+    """
+    if processes <= 1:
+        return
+    import torch
+
+    gpus = torch.cuda.device_count()
+    on_cpu = device == "cpu" or (not device and not gpus)
+    if not on_cpu and processes > gpus:
+        raise UserError(f"--launch {processes}: only {gpus} GPUs are visible", f"use --launch {gpus}")
+    raise typer.Exit(_launch(processes, on_cpu, ["-m", "hmar_cli", *without_launch(sys.argv[1:])]))
+
+
+def _launch(processes: int, on_cpu: bool, command: list[str]) -> int:
+    """Start the processes, wait for them, and return the exit code of the first that failed, else 0."""
+    import logging
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes report their own errors
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    try:
+        if on_cpu:
+            from torch.distributed.run import parse_args, run
+
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+            flags = ["--standalone", "--nproc-per-node", str(processes)]
+            run(parse_args([*flags, *command]))  # type: ignore[no-untyped-call]
+        else:
+            from accelerate.commands.launch import launch_command, launch_command_parser
+
+            flags = [
+                "--multi_gpu",
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+                "--dynamo_backend",
+                "no",
+            ]
+            port = ["--num_processes", str(processes), "--main_process_port", "0"]
+            launch_command(launch_command_parser().parse_args([*flags, *port, *command]))
+    except ChildFailedError as error:
+        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0

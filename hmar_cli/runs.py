@@ -1,0 +1,507 @@
+"""Training runs: from a recipe and its data to the trainer, and its checkpoints back to disk.
+
+The commands `hmar train` and `hmar finetune-masked` turn their flags into `Options` and call `train` or
+`finetune_masked`; everything that a run needs besides the trainer itself is put together here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hmar_cli.builders import build_model, build_objective, build_tokenizer, load_tokenizer, load_weights
+from hmar_cli.checkpoints.store import (
+    Checkpoint,
+    list_steps,
+    open_checkpoint,
+    remap_class_embedding,
+    save_checkpoint,
+)
+from hmar_cli.console import console
+from hmar_cli.data.batches import image_batches, token_batches
+from hmar_cli.data.cache import TokenCache
+from hmar_cli.data.sources import ImageSource, open_source
+from hmar_cli.data.transforms import image_transform, to_tensor
+from hmar_cli.errors import UserError
+from hmar_cli.models.next_scale import NextScaleTransformer
+from hmar_cli.models.scales import Scales
+from hmar_cli.recipe import MaskedObjective, MsvqObjective, NextScaleObjective, Recipe, to_dict
+from hmar_cli.report import image_grid, to_uint8
+from hmar_cli.sampling.next_scale import Settings, sample_next_scale
+from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.tokenizers.msvq import MultiScaleVQ
+from hmar_cli.training.objective import Objective
+from hmar_cli.training.trainer import Batches, Outcome, Preview, Weights, fit, rehearse
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHANGEABLE = ("name", "description", "sample.", "optim.", "data.workers")
+CHANGEABLE_TRAIN = (
+    "log_every",
+    "save_every",
+    "sample_every",
+    "keep",
+    "compile",
+    "precision",
+    "steps",
+    "epochs",
+)
+PREVIEW_IMAGES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a run is told besides its recipe.
+
+    Attributes:
+        data: source of images for a tokenizer, cache folder for a model; empty for the recipe's, or that of
+            the resumed run.
+        tokenizer: checkpoint that must be the cache's tokenizer; empty checks nothing.
+        out: run folder; empty is runs/ and the recipe's name.
+        init: checkpoint whose weights are started from.
+        resume: go on from the newest checkpoint in `out`.
+        device: "cpu", "cuda" or empty.
+        wandb: also report to Weights & Biases.
+        dry_run: run one step and write nothing.
+    """
+
+    data: str = ""
+    tokenizer: str = ""
+    out: str = ""
+    init: str = ""
+    resume: bool = False
+    device: str = ""
+    wandb: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that is ready to start."""
+
+    recipe: Recipe
+    objective: Objective
+    batches: Batches
+    images: int
+    class_names: tuple[str, ...]
+    data: str
+    fingerprint: Callable[[Weights], str]
+    tokenizer: Path | None = None
+    licence: str = ""
+    preview: Preview | None = None
+
+
+def train(recipe: Recipe, options: Options) -> Outcome:
+    """Train what the recipe says: a tokenizer on images, or a model on a cache of tokens.
+
+    Raises:
+        UserError: paths that don't exist, data that don't fit the recipe, or what the trainer raises.
+    """
+    if isinstance(recipe.objective, MaskedObjective):
+        raise UserError(
+            f"recipe '{recipe.name}' finetunes a trained model",
+            f"hmar finetune-masked BASE --recipe {recipe.name} --data CACHE",
+        )
+    start = starting_point(recipe, options)
+    build = tokenizer_job if isinstance(recipe.objective, MsvqObjective) else model_job
+    return execute(build(recipe, options, start), options, start)
+
+
+def finetune_masked(base: str, recipe: Recipe, options: Options) -> Outcome:
+    """Train a masked branch on a trained next-scale model (HMAR, section D.3).
+
+    Args:
+        base: checkpoint or run folder of a next-scale model.
+        recipe: one with a masked objective; its model must be the base's.
+        options: what else there is to say.
+
+    Raises:
+        UserError: as `train`, or a base of another kind, model or tokenizer.
+    """
+    if not isinstance(recipe.objective, MaskedObjective):
+        raise UserError(
+            f"recipe '{recipe.name}' does not finetune a masked branch", f"hmar train --recipe {recipe.name}"
+        )
+    checkpoint = open_checkpoint(base)
+    recipe = adopt_base(recipe, checkpoint)
+    start = starting_point(recipe, options)
+    return execute(masked_job(checkpoint, recipe, options, start), options, start)
+
+
+def tokenizer_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job:
+    """Put a tokenizer's training together."""
+    if options.tokenizer:
+        raise UserError(
+            "--tokenizer is for models; this recipe trains a tokenizer", "use --init to start from one"
+        )
+    source = open_source(options.data or recipe.data.source, size=recipe.data.size)
+    recipe = replace(recipe, data=replace(recipe.data, source=source.name))
+    torch.manual_seed(recipe.train.seed)
+    tokenizer = build_tokenizer(recipe.tokenizer)
+    licence = start.licence if start else ""
+    if options.init and not start:
+        origin = open_checkpoint(options.init)
+        if origin.kind != "msvq":
+            raise UserError(f"--init {options.init} holds a {origin.kind} model, not a tokenizer")
+        load_weights(tokenizer, origin.load(), origin.folder)
+        licence = origin.licence
+
+    def batches(first: int, rank: int, world: int, size: int) -> Iterator[dict[str, Tensor]]:
+        data = recipe.data
+        return image_batches(
+            source,
+            size=data.size,
+            crop=data.crop,
+            mirror=data.mirror,
+            batch_size=size,
+            seed=recipe.train.seed,
+            start=first,
+            rank=rank,
+            world=world,
+            workers=data.workers,
+        )
+
+    return Job(
+        recipe=recipe,
+        objective=build_objective(recipe, tokenizer),
+        batches=batches,
+        images=len(source),
+        class_names=source.class_names,
+        data=source.name,
+        fingerprint=lambda weights: weights_fingerprint(recipe, weights),
+        licence=licence,
+        preview=reconstruction_preview(recipe, source),
+    )
+
+
+def model_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job:
+    """Put a next-scale model's training together."""
+    cache, tokenizer = open_cache(options, start)
+    recipe = adopt_cache(recipe, cache)
+    torch.manual_seed(recipe.train.seed)
+    model = build_model(recipe)
+    licence = start.licence if start else ""
+    if options.init and not start:
+        origin = open_checkpoint(options.init)
+        initialize(model, origin, tuple(cache.manifest.class_names))
+        licence = origin.licence
+    return cache_job(recipe, cache, tokenizer, model, licence)
+
+
+def masked_job(base: Checkpoint, recipe: Recipe, options: Options, start: Checkpoint | None) -> Job:
+    """Put a masked finetuning together."""
+    assert isinstance(recipe.objective, MaskedObjective)
+    cache, tokenizer = open_cache(options, start)
+    names, known = tuple(cache.manifest.class_names), base.class_names
+    if cache.manifest.tokenizer_hash != base.tokenizer_hash:
+        raise other_tokenizer(str(base.folder), base.tokenizer_hash, cache.manifest.tokenizer_hash)
+    if names != known:
+        raise UserError(
+            f"the cache has {len(names)} classes ({shorten(names)}), "
+            f"{base.folder} was trained on {len(known)} ({shorten(known)})",
+            "finetune on the data of the base, or train the base on these classes first (hmar train --init)",
+        )
+    settings, recipe = recipe.objective, adopt_cache(recipe, cache)
+    torch.manual_seed(recipe.train.seed)
+    model = build_model(replace(recipe, objective=NextScaleObjective()))
+    initialize(model, base, known)
+    model.attach_masked_branch(settings.layers, settings.leak_free)
+    return cache_job(recipe, cache, tokenizer, model, base.licence)
+
+
+def cache_job(
+    recipe: Recipe, cache: TokenCache, tokenizer: MultiScaleVQ, model: NextScaleTransformer, licence: str
+) -> Job:
+    """The part that both kinds of training on a cache share."""
+
+    def batches(first: int, rank: int, world: int, size: int) -> Iterator[dict[str, Tensor]]:
+        return token_batches(
+            cache,
+            batch_size=size,
+            seed=recipe.train.seed,
+            start=first,
+            rank=rank,
+            world=world,
+            mirror=recipe.data.mirror,
+        )
+
+    manifest = cache.manifest
+    return Job(
+        recipe=recipe,
+        objective=build_objective(recipe, tokenizer, model),
+        batches=batches,
+        images=manifest.count,
+        class_names=tuple(manifest.class_names),
+        data=str(cache.path),
+        fingerprint=lambda weights: manifest.tokenizer_hash,
+        tokenizer=cache.tokenizer_path,
+        licence=licence,
+        preview=sample_preview(recipe, tokenizer),
+    )
+
+
+def execute(job: Job, options: Options, start: Checkpoint | None) -> Outcome:
+    """Run a job."""
+    if options.dry_run:
+        return rehearse(
+            job.objective, job.batches, recipe=job.recipe, images=job.images, device=options.device
+        )
+    out = run_folder(job.recipe, options)
+    if start is not None:
+        check_same_run(start.recipe, job.recipe)
+
+    def save(
+        folder: Path, step: int, weights: Weights, training: tuple[Mapping[str, Tensor], Mapping[str, Any]]
+    ) -> None:
+        tensors, counters = training
+        save_checkpoint(
+            folder,
+            recipe=job.recipe,
+            weights=weights,
+            class_names=job.class_names,
+            step=step,
+            tokenizer=job.tokenizer,
+            tokenizer_hash=job.fingerprint(weights),
+            licence=job.licence,
+            training=(tensors, {**counters, "data": job.data, "images": job.images}),
+        )
+
+    return fit(
+        job.objective,
+        job.batches,
+        recipe=job.recipe,
+        images=job.images,
+        out=out,
+        save=save,
+        preview=job.preview,
+        resume=start,
+        device=options.device,
+        wandb=options.wandb,
+    )
+
+
+# Where a run starts
+
+
+def run_folder(recipe: Recipe, options: Options) -> Path:
+    """The folder of the run."""
+    return Path(options.out or f"runs/{recipe.name}")
+
+
+def starting_point(recipe: Recipe, options: Options) -> Checkpoint | None:
+    """Look at the run folder before anything is built: the checkpoint to go on from, or None.
+
+    Raises:
+        UserError: a run to resume that isn't there, or a new run in a folder that is in use.
+    """
+    out = run_folder(recipe, options)
+    if options.dry_run:
+        return None
+    if not options.resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(
+                f"{out} is not empty", f"go on with --resume, or choose another folder with --out {out}-2"
+            )
+        return None
+    if not (out / "recipe.toml").is_file():
+        raise UserError(f"no run to resume in {out}", "give the --out of the run, or leave out --resume")
+    if not list_steps(out):
+        console.print(f"{out} has no checkpoint yet: starting at its first step")
+        return None
+    checkpoint = open_checkpoint(out)
+    console.print(f"resuming {checkpoint.folder}")
+    return checkpoint
+
+
+def check_same_run(before: Recipe, now: Recipe) -> None:
+    """Refuse settings that would make a resumed run another one.
+
+    Raises:
+        UserError: listing them.
+    """
+    old, new = flat(to_dict(before)), flat(to_dict(now))
+    allowed = (*CHANGEABLE, *(f"train.{name}" for name in CHANGEABLE_TRAIN))
+    changed = [
+        f"{key}: {old.get(key)} in the run, {new.get(key)} now"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and not key.startswith(allowed)
+    ]
+    if changed:
+        raise UserError(
+            f"a resumed run must keep its settings; {len(changed)} differ",
+            "leave them out, or start a new run from this one with --init and another --out",
+            changed,
+        )
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by "section.key"."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def initialize(model: NextScaleTransformer, origin: Checkpoint, class_names: tuple[str, ...]) -> None:
+    """Load another checkpoint's weights; classes are found by name, its masked branch stays behind.
+
+    Raises:
+        UserError: a tokenizer, or a model of another shape.
+    """
+    if origin.kind != "next-scale":
+        raise UserError(f"{origin.folder} holds a {origin.kind}, not a next-scale model")
+    weights = {name: w for name, w in origin.load().items() if not name.startswith("masked.")}
+    key = "class_embed.weight"
+    fresh = model.state_dict()[key].cpu()
+    if origin.class_names != class_names and weights[key].shape[1] == fresh.shape[1]:
+        weights[key], found = remap_class_embedding(weights[key], fresh, origin.class_names, class_names)
+        console.print(
+            f"class embeddings: {found} of {len(class_names)} classes found by name in {origin.folder}"
+        )
+    load_weights(model, weights, origin.folder)
+
+
+# What data and base say
+
+
+def open_cache(options: Options, start: Checkpoint | None) -> tuple[TokenCache, MultiScaleVQ]:
+    """Open the cache and the tokenizer that made it.
+
+    Raises:
+        UserError: no cache, or another tokenizer than `options.tokenizer`.
+    """
+    data = options.data or (start.training()[1]["data"] if start else "")
+    if not data:
+        raise UserError(
+            "models train on a cache of tokens: --data is missing",
+            "make one with: hmar tokenize SOURCE --tokenizer CHECKPOINT --out CACHE, then give --data CACHE",
+        )
+    cache = TokenCache.open(Path(data))
+    tokenizer = load_tokenizer(cache.tokenizer_path)
+    made_by, carried = cache.manifest.tokenizer_hash, tokenizer.fingerprint()
+    if carried != made_by:
+        raise other_tokenizer(str(cache.tokenizer_path), carried, made_by)
+    if options.tokenizer:
+        given = load_tokenizer(options.tokenizer).fingerprint()
+        if given != made_by:
+            raise other_tokenizer(f"--tokenizer {options.tokenizer}", given, made_by)
+    if start is not None and start.tokenizer_hash != made_by:
+        raise other_tokenizer(str(start.folder), start.tokenizer_hash, made_by)
+    return cache, tokenizer
+
+
+def other_tokenizer(what: str, found: str, made_by: str) -> UserError:
+    """The error about a cache that another tokenizer made."""
+    return UserError(
+        f"the cache was made by another tokenizer: {what} has {found}, the cache {made_by}",
+        "make a cache with this tokenizer: hmar tokenize SOURCE --tokenizer CHECKPOINT --out CACHE",
+    )
+
+
+def adopt_cache(recipe: Recipe, cache: TokenCache) -> Recipe:
+    """Complete a recipe with what the cache knows: the class count, and all of its tokenizer's settings.
+
+    Raises:
+        UserError: other scales, or another codebook, than the recipe's.
+    """
+    manifest, settings = cache.manifest, open_checkpoint(cache.tokenizer_path).recipe.tokenizer
+    sides, wanted = Scales.of(manifest.scales), recipe.scales
+    if sides != wanted or manifest.vocab_size != recipe.tokenizer.vocab_size:
+        raise UserError(
+            f"the cache does not fit recipe '{recipe.name}': it has scales {sides.sides()} and "
+            f"{manifest.vocab_size} codes, the recipe {wanted.sides()} and {recipe.tokenizer.vocab_size}",
+            "make a cache with this recipe's tokenizer, or choose a recipe with the cache's scales",
+        )
+    assert recipe.model is not None
+    model = replace(recipe.model, num_classes=len(manifest.class_names))
+    return replace(recipe, model=model, tokenizer=settings)
+
+
+def adopt_base(recipe: Recipe, base: Checkpoint) -> Recipe:
+    """Complete a masked recipe with the model and tokenizer of its base.
+
+    Raises:
+        UserError: the base is no next-scale model, or not the one that the recipe is for.
+    """
+    if base.kind != "next-scale" or base.recipe.model is None:
+        raise UserError(f"{base.folder} holds a {base.kind}, not a next-scale model")
+    theirs = flat(to_dict(base.recipe.model))
+    ours = flat(to_dict(recipe.model)) if recipe.model else theirs
+    free = ("num_classes", "attention", "drop_path", "gamma_init")
+    other = [
+        f"model.{key}: {ours.get(key)} in the recipe, {theirs.get(key)} in {base.folder}"
+        for key in sorted({*ours, *theirs})
+        if ours.get(key) != theirs.get(key) and key not in free
+    ]
+    if other:
+        raise UserError(f"recipe '{recipe.name}' is for another model than {base.folder}", details=other)
+    if base.recipe.model.pattern != "diagonal":
+        raise UserError(
+            f"{base.folder} is a VAR, whose tokens see all earlier scales",
+            "masked finetuning needs a base with model.pattern = diagonal, such as recipe hmar-tiny",
+        )
+    return replace(recipe, model=base.recipe.model, tokenizer=base.recipe.tokenizer)
+
+
+def weights_fingerprint(recipe: Recipe, weights: Weights) -> str:
+    """Fingerprint of the tokenizer that readers of a checkpoint get: the averaged one where there is one."""
+    tokenizer = build_tokenizer(recipe.tokenizer)
+    tokenizer.load_state_dict(dict(weights["ema" if "ema" in weights else "model"]))
+    return tokenizer.fingerprint()
+
+
+def shorten(names: tuple[str, ...]) -> str:
+    """The first few names."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+# Pictures
+
+
+def reconstruction_preview(recipe: Recipe, source: ImageSource) -> Preview:
+    """Rows of images above their reconstructions."""
+
+    def draw(model: nn.Module) -> "Image":
+        assert isinstance(model, MultiScaleVQ)
+        cut = image_transform(recipe.data.size, recipe.data.crop, train=False)
+        examples = source.read(0, min(PREVIEW_IMAGES, len(source)))
+        rng = np.random.default_rng(0)
+        pixels = [cut(example.image, rng) for example in examples if example.image is not None]
+        device = next(model.parameters()).device
+        images = to_tensor(np.stack(pixels)).to(device)
+        again = model.decode_tokens(model.encode(images))
+        tiles, columns = [], 8
+        for i in range(0, len(images), columns):
+            tiles += [*to_uint8(images[i : i + columns]), *to_uint8(again[i : i + columns])]
+        return image_grid(tiles, columns=min(columns, len(images)))
+
+    return draw
+
+
+def sample_preview(recipe: Recipe, tokenizer: MultiScaleVQ) -> Preview:
+    """Samples of the first classes, the same random numbers every time."""
+    settings = recipe.sample
+
+    def draw(model: nn.Module) -> "Image":
+        assert isinstance(model, NextScaleTransformer)
+        device = model.pos_embed.device
+        classes = min(model.num_classes, 8)
+        labels = torch.arange(PREVIEW_IMAGES, device=device) % classes
+        chosen = Settings(
+            cfg=settings.cfg,
+            top_k=min(settings.top_k, tokenizer.vocab_size),
+            top_p=settings.top_p,
+            refine_cfg=settings.refine_cfg,
+            schedule=settings.schedule if model.masked is not None else (),
+        )
+        noise = PhiloxNoise(0, torch.arange(PREVIEW_IMAGES, device=device))
+        decoder = tokenizer.to(device).eval()
+        _, features = sample_next_scale(model, decoder.quantizer, labels, chosen, noise)
+        return image_grid(decoder.decode(features), columns=classes)
+
+    return draw
