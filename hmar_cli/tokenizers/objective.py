@@ -1,0 +1,241 @@
+"""Training and judging the multi-scale VQ tokenizer.
+
+Letters: B batch, K scales, L tokens of all scales, V codes, Z codebook channels.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from hmar_cli.models.scales import Scales
+from hmar_cli.tokenizers.losses import (
+    Lpips,
+    PatchDiscriminator,
+    RandomFeatureDistance,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    psnr,
+)
+from hmar_cli.tokenizers.msvq import MultiScaleVQ, Quantized
+from hmar_cli.training.objective import Objective
+
+
+class CodeUsage:
+    """Counts, over all processes, which codes each scale uses, and replaces codes that none does.
+
+    Args:
+        scales: the token grids.
+        vocab_size: V.
+        window: steps over which usage is reported.
+        revive_after: steps after which an unused code is replaced; 0 never.
+    """
+
+    def __init__(self, scales: Scales, vocab_size: int, window: int, revive_after: int) -> None:
+        self.scales, self.window, self.revive_after = scales, window, revive_after
+        self.hits = torch.zeros(len(scales), vocab_size, dtype=torch.int32)  # since the last step
+        self.age = torch.full(
+            (len(scales), vocab_size), window, dtype=torch.int32
+        )  # steps since the last hit
+        self.idle = torch.zeros(vocab_size, dtype=torch.int32)  # the same over all scales, or since revival
+        self.vectors, self.distances = torch.empty(0), torch.empty(0)
+
+    def count(self, quantized: Quantized) -> None:
+        """Take note of one micro-batch's tokens, and of the vectors that they stand for."""
+        device = quantized.tokens.device
+        self.hits, self.age, self.idle = (x.to(device) for x in (self.hits, self.age, self.idle))
+        for k in range(len(self.scales)):
+            self.hits[k, quantized.tokens[:, self.scales.slice(k)].flatten()] = 1
+        self.vectors, self.distances = quantized.vectors.flatten(0, 1), quantized.distances.flatten()
+
+    def share(self) -> Tensor:
+        """Share of the codes that each scale used in the last `window` steps, [K]."""
+        return (self.age < self.window).float().mean(dim=1)
+
+    def step(self) -> None:
+        """End an optimizer step."""
+        if distributed.is_initialized():
+            distributed.all_reduce(self.hits, distributed.ReduceOp.MAX)
+        self.age = torch.where(self.hits > 0, 0, self.age + 1).to(torch.int32)
+        self.idle = torch.where(self.hits.any(dim=0), 0, self.idle + 1).to(torch.int32)
+        self.hits.zero_()
+
+    @torch.no_grad()
+    def revive(self, codebook: Tensor, step: int) -> None:
+        """Replace idle codes, in place, by vectors of the last micro-batch that are badly represented.
+
+        A vector is drawn in proportion to its squared distance to its code, as k-means++ seeds its centres.
+
+        Args:
+            codebook: [V, Z].
+            step: seeds the draw.
+        """
+        generator = torch.Generator(codebook.device).manual_seed(step)
+        luck = torch.empty_like(self.distances).exponential_(generator=generator)
+        best = (self.distances / luck).topk(min(len(self.distances), len(codebook))).indices
+        candidates = self.vectors[best].to(codebook.dtype)  # [min(BL, V), Z]
+        if distributed.is_initialized():
+            distributed.broadcast(candidates, 0)
+        dead = self.idle >= self.revive_after  # [V]
+        place = (dead.cumsum(0) - 1).clamp(min=0) % len(candidates)
+        codebook.copy_(torch.where(dead[:, None], candidates[place], codebook))
+        self.idle = torch.where(dead, 0, self.idle).to(torch.int32)
+
+
+class MsvqTraining(Objective):
+    """Reconstruction, perceptual, adversarial and quantization terms (VAR, section 3.2; VQGAN, section 3.1).
+
+    Reported: `loss`, `reconstruction` (l1 and l2 terms), `perceptual`, `quantization`, `psnr`, `usage` (K
+    numbers: the share of codes that each scale used lately), and with a discriminator `adversarial` and
+    `discriminator`.
+
+    Args:
+        model: the tokenizer.
+        l1: weight of the mean absolute error.
+        l2: weight of the mean squared error.
+        perceptual: "random" features, "lpips" or "none".
+        perceptual_weight: its weight.
+        lpips_weights: file of LPIPS weights; empty downloads them.
+        adversarial_weight: weight of the generator's hinge term; 0 builds no discriminator.
+        adversarial_start: share of training before which the discriminator rests.
+        discriminator_channels: its width.
+        commitment: weight of the encoder's part of the quantization loss.
+        revive_after: steps after which an unused code is replaced; 0 never.
+    """
+
+    def __init__(
+        self,
+        model: MultiScaleVQ,
+        *,
+        l1: float = 0.0,
+        l2: float = 1.0,
+        perceptual: Literal["none", "random", "lpips"] = "random",
+        perceptual_weight: float = 1.0,
+        lpips_weights: str = "",
+        adversarial_weight: float = 0.0,
+        adversarial_start: float = 0.5,
+        discriminator_channels: int = 64,
+        commitment: float = 0.25,
+        revive_after: int = 200,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.model.quantizer.commitment = commitment
+        self.l1, self.l2, self.perceptual_weight = l1, l2, perceptual_weight
+        self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
+        self.perceptual: nn.Module | None = None
+        if perceptual != "none" and perceptual_weight:
+            self.perceptual = RandomFeatureDistance() if perceptual == "random" else Lpips(lpips_weights)
+        self.networks = {"model": model}
+        self.discriminator: nn.Module | None = None
+        if adversarial_weight:
+            halvings = 3 if min(model.image_size) >= 128 else 2
+            self.discriminator = PatchDiscriminator(discriminator_channels, halvings)
+            self.networks["discriminator"] = self.discriminator
+        idle_phis = len(set(model.quantizer.phi_index)) < len(model.quantizer.phis)
+        self.unused_parameters = idle_phis or self.discriminator is not None
+        self.usage = CodeUsage(model.scales, model.vocab_size, revive_after or 200, revive_after)
+
+    def forward(self, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a batch with "image" [B, 3, H, W], uint8 or in [-1, 1]."""
+        images = to_signed(batch["image"])
+        quantized: Quantized = self.model.quantizer(self.model.features(images))
+        pictures = self.model.picture(quantized.f_hat)  # [B, 3, H, W]
+        terms = {
+            "reconstruction": self.l1 * F.l1_loss(pictures, images) + self.l2 * F.mse_loss(pictures, images),
+            "quantization": quantized.loss,
+        }
+        loss = terms["reconstruction"] + terms["quantization"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(images, pictures).mean()
+            loss = loss + self.perceptual_weight * terms["perceptual"]
+        if self.discriminator is not None:
+            generator, terms["discriminator"] = self._adversarial(images, pictures, progress)
+            terms["adversarial"] = generator
+            loss = loss + self.adversarial_weight * generator + terms["discriminator"]
+        if self.training:
+            self.usage.count(quantized)
+        metrics = {name: term.detach().float() for name, term in {"loss": loss, **terms}.items()}
+        metrics["psnr"] = psnr(images, pictures.detach()).mean()
+        metrics["usage"] = self.usage.share()
+        return loss, metrics
+
+    def _adversarial(self, images: Tensor, pictures: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        assert self.discriminator is not None
+        if progress < self.adversarial_start:
+            rest = images.new_zeros(())
+            return rest, rest
+        frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
+        generator = hinge_generator_loss(functional_call(self.discriminator, frozen, (pictures,)))
+        scores = self.discriminator(torch.cat([images, pictures.detach()]))  # [2B, 1, h, w]
+        return generator, hinge_discriminator_loss(*scores.chunk(2))
+
+    def undecayed(self, name: str, parameter: nn.Parameter) -> bool:
+        """The codebook is not decayed, nor are biases and norms."""
+        return "codebook" in name or super().undecayed(name, parameter)
+
+    def on_step(self, step: int) -> None:
+        """Count usage; ten times in `revive_after` steps, replace codes that were idle that long."""
+        self.usage.step()
+        every = max(self.usage.revive_after // 10, 1)
+        if self.usage.revive_after and step % every == 0:
+            self.usage.revive(self.model.quantizer.codebook.weight, step)
+
+    def resume_state(self) -> dict[str, Tensor]:
+        """The usage counters."""
+        return {"usage.age": self.usage.age, "usage.idle": self.usage.idle}
+
+    def load_resume_state(self, state: dict[str, Tensor]) -> None:
+        """Take the usage counters back."""
+        device = self.usage.age.device
+        self.usage.age = state["usage.age"].to(device)
+        self.usage.idle = state["usage.idle"].to(device)
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """Turn uint8 images into float32 in [-1, 1]; leave float ones, but for their dtype."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+
+
+@torch.no_grad()
+def evaluate_tokenizer(model: MultiScaleVQ, images: Iterable[Tensor]) -> dict[str, Any]:
+    """Measure how well a tokenizer reconstructs images, and how much of its codebook every scale uses.
+
+    Args:
+        model: in evaluation mode.
+        images: batches [B, 3, H, W] on the model's device, uint8 or in [-1, 1].
+
+    Returns:
+        `count`; `psnr` in decibels and `l1` (on [-1, 1]), each a mean over images; `usage_per_scale`, the share
+        of the V codes that occur at all, K numbers; `perplexity_per_scale`, the exponential of the entropy of
+        the codes, K numbers; `usage`, the share of codes that any scale uses.
+
+    Raises:
+        ValueError: no image came.
+    """
+    scales = model.scales
+    counts = torch.zeros(len(scales), model.vocab_size, dtype=torch.long)
+    decibels, errors = [], []
+    for batch in images:
+        pixels = to_signed(batch)
+        tokens = model.encode(pixels)  # [B, L]
+        pictures = model.decode_tokens(tokens)
+        decibels.append(psnr(pixels, pictures).double().cpu())
+        errors.append((pixels - pictures).abs().mean(dim=(1, 2, 3)).double().cpu())
+        for k in range(len(scales)):
+            counts[k] += tokens[:, scales.slice(k)].flatten().bincount(minlength=model.vocab_size).cpu()
+    if not decibels:
+        raise ValueError("expected at least one batch of images, got none")
+    shares = counts / counts.sum(dim=1, keepdim=True)  # [K, V]
+    entropy = torch.special.entr(shares).sum(dim=1)
+    return {
+        "count": sum(len(part) for part in decibels),
+        "psnr": torch.cat(decibels).mean().item(),
+        "l1": torch.cat(errors).mean().item(),
+        "usage_per_scale": (counts > 0).double().mean(dim=1).tolist(),
+        "perplexity_per_scale": entropy.exp().tolist(),
+        "usage": (counts.sum(dim=0) > 0).double().mean().item(),
+    }
