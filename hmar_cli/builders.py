@@ -151,4 +151,6 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], origin: Path) ->
         module.load_state_dict(weights)
     except RuntimeError as error:
         first, *details = str(error).strip().splitlines()
-        raise UserError(f"the weights in {origin} don't fit their recipe: {first}", details=details[:5]) from error
+        raise UserError(
+            f"the weights in {origin} don't fit their recipe: {first}", details=details[:5]
+        ) from error

@@ -6,10 +6,9 @@ Letters: B batch, L keys, N queries, H heads, D head size, n_k tokens of scale k
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from torch import Tensor
-
 from hmar_kernels.reference import attention as reference
 from hmar_kernels.sdpa import attention as sdpa
+from torch import Tensor
 
 Pattern = Literal["causal", "diagonal"]
 Implementation = Callable[[Tensor, Tensor, Tensor, Sequence[int], Pattern, float], Tensor]
@@ -62,9 +61,15 @@ def scale_attention(
     Raises:
         ValueError: shapes, lengths, pattern or implementation that don't fit.
     """
-    if k.shape != v.shape or q.ndim != 4 or k.ndim != 4 or (*q.shape[:1], *q.shape[2:]) != (
-        *k.shape[:1],
-        *k.shape[2:],
+    if (
+        k.shape != v.shape
+        or q.ndim != 4
+        or k.ndim != 4
+        or (*q.shape[:1], *q.shape[2:])
+        != (
+            *k.shape[:1],
+            *k.shape[2:],
+        )
     ):
         raise ValueError(
             f"expected q [B, N, H, D] and k, v [B, L, H, D], got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"

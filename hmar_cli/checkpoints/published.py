@@ -60,7 +60,9 @@ _HEAD = {
     "head.bias": "head.linear.bias",
 }
 _RESHAPED = {"log_scale": (-1,), "mask_embed": (-1,), "adaln.offsets": (6, 1, -1)}
-_DERIVED = re.compile(r"lvl_1L|attn_bias_for_masking|(\w*blocks\.\d+\.)?attn\.zero_k_bias|quantize\.ema_vocab_hit_SV")
+_DERIVED = re.compile(
+    r"lvl_1L|attn_bias_for_masking|(\w*blocks\.\d+\.)?attn\.zero_k_bias|quantize\.ema_vocab_hit_SV"
+)
 """Buffers that follow from the settings, or that no output depends on."""
 
 _MSVQ = (
@@ -104,7 +106,9 @@ def read_file(path: Path) -> State:
         UserError: the file is missing, broken, would run code, or holds no state dict.
     """
     if not path.is_file():
-        raise UserError(f"no such file: {path}", "download the published file first; imports never fetch anything")
+        raise UserError(
+            f"no such file: {path}", "download the published file first; imports never fetch anything"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -221,7 +225,9 @@ def block_count(state: Mapping[str, Tensor]) -> int:
     return 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
 
 
-def model_settings(imported: Imported, pattern: str) -> tuple[NextScale, NextScaleObjective | MaskedObjective]:
+def model_settings(
+    imported: Imported, pattern: str
+) -> tuple[NextScale, NextScaleObjective | MaskedObjective]:
     """Read the settings of a transformer off its shapes.
 
     Args:

@@ -57,7 +57,9 @@ def import_(
         Path | None, typer.Option(help="Next-scale file to merge a masked model (--format hmar) with.")
     ] = None,
     masked_layers: Annotated[int, typer.Option(min=1, help="Late blocks of a masked model to merge.")] = 8,
-    scales: Annotated[str, typer.Option(help="Sides of the scales, as 1,2,3,4. [default: the published]")] = "",
+    scales: Annotated[
+        str, typer.Option(help="Sides of the scales, as 1,2,3,4. [default: the published]")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON.")] = False,
 ) -> None:
     """Import a published file; the help text is `IMPORT_HELP`."""
@@ -140,19 +142,32 @@ def _recipe(imported: "Imported", format: str, sides: tuple[int, ...]) -> "Recip
     from dataclasses import replace
 
     from hmar_cli.checkpoints import published
-    from hmar_cli.recipe import MsvqObjective, Recipe, load_recipe, recipe_names
+    from hmar_cli.recipe import (
+        MaskedObjective,
+        MsvqObjective,
+        NextScale,
+        NextScaleObjective,
+        Recipe,
+        load_recipe,
+        recipe_names,
+    )
 
+    model: NextScale | None = None
+    objective: MsvqObjective | NextScaleObjective | MaskedObjective = MsvqObjective()
     if imported.format == "msvq":
         settings = published.tokenizer_settings(imported, sides)
-        name, model, objective = f"msvq-{sides[-1] * settings.stride}", None, MsvqObjective()
+        name = f"msvq-{sides[-1] * settings.stride}"
     else:
         model, objective = published.model_settings(imported, "causal" if format == "var" else "diagonal")
         pixels = sides[-1] * 16
         name = f"{format}-d{model.depth}" + (f"-{pixels}" if pixels != 256 else "")
         name += "-masked" if imported.format == "merged" else ""
-        z_channels, vocab_size = imported.state["word_embed.weight"].shape[1], None
-        vocab_size = imported.state["head.linear.weight"].shape[0]
-        settings = replace(Recipe().tokenizer, scales=sides, z_channels=z_channels, vocab_size=vocab_size)
+        settings = replace(
+            Recipe().tokenizer,
+            scales=sides,
+            z_channels=imported.state["word_embed.weight"].shape[1],
+            vocab_size=imported.state["head.linear.weight"].shape[0],
+        )
     known = load_recipe(name) if name in recipe_names() else Recipe(name=name)
     data = replace(known.data, size=sides[-1] * settings.stride)
     sample = known.sample if known.model else replace(known.sample, schedule=())

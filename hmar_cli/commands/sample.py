@@ -97,10 +97,16 @@ def parse_schedule(text: str, default: "Schedule", scales: "Scales") -> "Schedul
 def sample(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint or run folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
-    labels: Annotated[str, typer.Option(help="Classes by index or name, as 3,7 or cat,ship. [default: all]")] = "",
+    labels: Annotated[
+        str, typer.Option(help="Classes by index or name, as 3,7 or cat,ship. [default: all]")
+    ] = "",
     count: Annotated[int, typer.Option(min=0, help="Images in all; 0 is one a label.")] = 0,
-    cfg: Annotated[float | None, typer.Option(help="Guidance at the last scale. [default: the recipe's]")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Candidates kept, 0 all. [default: the recipe's]")] = None,
+    cfg: Annotated[
+        float | None, typer.Option(help="Guidance at the last scale. [default: the recipe's]")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Candidates kept, 0 all. [default: the recipe's]")
+    ] = None,
     top_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="Mass kept, 0 all. [default: the recipe's]")
     ] = None,
@@ -114,7 +120,9 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
     batch_size: Annotated[int, typer.Option(min=0, help="Images at once; 0 is the recipe's.")] = 0,
     weights: Annotated[str, typer.Option(help="model or ema. [default: ema where it exists]")] = "",
-    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer, where the checkpoint carries none.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer, where the checkpoint carries none.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ... [default: a GPU where there is one]")] = "",
     precision: Annotated[str, typer.Option(help="auto (bf16 on a GPU), bf16 or fp32.")] = "auto",
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM's evaluator.")] = False,

@@ -32,7 +32,8 @@ class AdaLN(nn.Module):
 
     def forward(self, condition: Tensor) -> Tensor:
         """Compute the modulation vectors."""
-        return self.linear(F.silu(condition)).unflatten(-1, (self.vectors, 1, -1))
+        vectors = self.linear(F.silu(condition))  # [B, n C]
+        return torch.unflatten(vectors, -1, (self.vectors, 1, -1))
 
 
 class AdaLNTable(nn.Module):

@@ -163,9 +163,7 @@ class NextScaleTransformer(nn.Module):
             [B, L, V] float32.
         """
         class_embedding = self.class_embed(labels)  # [B, C]
-        x = torch.cat(
-            [self._start(class_embedding), self._embed(inputs, own, mask)], dim=1
-        )  # [B, L, C]
+        x = torch.cat([self._start(class_embedding), self._embed(inputs, own, mask)], dim=1)  # [B, L, C]
         x = x + self.level_embed(self.level) + self.pos_embed
         return self._transform(x, class_embedding, self.scales.lengths, own is not None)
 

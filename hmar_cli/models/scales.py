@@ -3,6 +3,7 @@
 Letters: K scales; p_k the side of scale k in tokens; n_k = p_k^2 its tokens; L = sum of n_k.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Scales:
         grids = tuple((s, s) if isinstance(s, int) else (int(s[0]), int(s[1])) for s in sides)
         if not grids or any(side < 1 for grid in grids for side in grid):
             raise ValueError(f"expected one or more scales with sides of at least 1, got {list(sides)}")
-        for smaller, larger in zip(grids, grids[1:], strict=False):
+        for smaller, larger in itertools.pairwise(grids):
             if smaller[0] > larger[0] or smaller[1] > larger[1] or smaller == larger:
                 raise ValueError(f"expected scales that grow, got {smaller} before {larger}")
         return cls(grids)

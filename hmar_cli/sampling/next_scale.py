@@ -184,15 +184,13 @@ class _Run:
         cache: KeyValueCache | None,
     ) -> Tensor:
         """Logits [B, n_k, V] of scale k: (1 + s) conditional - s unconditional, both halves in one batch."""
-        labels, given = self.labels, (inputs, own, mask)
-        if guide:
-            labels = torch.cat([labels, torch.full_like(labels, self.model.num_classes)])  # [2B]
-            given = tuple(None if x is None else torch.cat([x, x]) for x in given)
-        logits = self.model.forward_scale(k, labels, *given, cache)
-        if guide:
-            conditional, unconditional = logits.chunk(2)
-            logits = (1 + strength) * conditional - strength * unconditional
-        return logits
+        if not guide:
+            return self.model.forward_scale(k, self.labels, inputs, own, mask, cache)
+        labels = torch.cat([self.labels, torch.full_like(self.labels, self.model.num_classes)])  # [2B]
+        inputs, own, mask = (None if x is None else torch.cat([x, x]) for x in (inputs, own, mask))
+        logits = self.model.forward_scale(k, labels, inputs, own, mask, cache)
+        conditional, unconditional = logits.chunk(2)
+        return (1 + strength) * conditional - strength * unconditional
 
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Filter and draw: tokens [B, n_k] and their probabilities after the filter [B, n_k]."""

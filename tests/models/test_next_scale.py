@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+
+from hmar_cli.models.next_scale import NextScaleTransformer
+from hmar_cli.models.scales import Scales
+
+
+def tiny(**changes: object) -> NextScaleTransformer:
+    torch.manual_seed(0)
+    settings: dict[str, object] = {
+        "scales": Scales.of([1, 2, 3]),
+        "z_channels": 4,
+        "vocab_size": 16,
+        "num_classes": 5,
+        "depth": 3,
+        "width": 32,
+        "heads": 2,
+        "pattern": "diagonal",
+    }
+    return NextScaleTransformer(**{**settings, **changes}).eval()  # type: ignore[arg-type]
+
+
+def lively(model: NextScaleTransformer) -> NextScaleTransformer:
+    """Draw weights large enough that every path shows in the output."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("pattern", ["causal", "diagonal"])
+@torch.inference_mode()
+def test_scale_by_scale_equals_the_whole(pattern: str, shared: bool) -> None:
+    """Sampling's calls, with VAR's cache, compute what teacher forcing does."""
+    model = lively(tiny(pattern=pattern, shared_adaln=shared))
+    labels, inputs = torch.tensor([1, 5]), torch.randn(2, 13, 4)
+    whole = model(labels, inputs)
+    cache = model.make_cache(2, torch.float32)
+    assert (cache is None) == (pattern == "diagonal")
+    padded = torch.cat([torch.zeros(2, 1, 4), inputs], dim=1)
+    for k in range(3):
+        part = model.scales.slice(k)
+        logits = model.forward_scale(k, labels, padded[:, part] if k else None, cache=cache)
+        torch.testing.assert_close(logits, whole[:, part], atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_markov_property() -> None:
+    """HMAR's scale depends on its own input alone; VAR's later scales feel earlier inputs."""
+    labels, inputs = torch.tensor([1]), torch.randn(1, 13, 4)
+    changed = inputs.clone()
+    changed[:, :4] += 1  # input of the second scale
+    for pattern, felt in (("diagonal", False), ("causal", True)):
+        model = lively(tiny(pattern=pattern))
+        before, after = model(labels, inputs), model(labels, changed)
+        assert not torch.equal(before[:, 1:5], after[:, 1:5])
+        assert torch.equal(before[:, 5:], after[:, 5:]) != felt
+
+
+@torch.inference_mode()
+def test_masked_branch_starts_as_a_copy_and_ignores_masked_tokens() -> None:
+    model = lively(tiny(masked_layers=2))
+    labels, inputs = torch.tensor([1]), torch.randn(1, 13, 4)
+    own, mask = torch.randn(1, 13, 4), torch.zeros(13, dtype=torch.bool)
+    mask[[1, 6]] = True
+    changed = own.clone()
+    changed[:, mask] += 1
+    assert torch.equal(model(labels, inputs, own, mask), model(labels, inputs, changed, mask))
+    changed[:, 0] += 1
+    assert not torch.equal(model(labels, inputs, own, mask), model(labels, inputs, changed, mask))
+
+    fresh = lively(tiny())
+    branch = fresh.attach_masked_branch(2)
+    for i, block in enumerate(branch.blocks):
+        for name, value in block.state_dict().items():
+            assert torch.equal(value, fresh.blocks[1 + i].state_dict()[name])
+    branch.mask_embed.zero_()
+    nothing = torch.zeros_like(inputs)
+    assert torch.equal(
+        fresh(labels, inputs), fresh(labels, inputs, nothing, torch.ones(13, dtype=torch.bool))
+    )
+
+
+def test_initialisation() -> None:
+    """Standard deviations of the published recipe."""
+    model = tiny(depth=4, width=256, heads=4, gamma_init=1e-3)
+    std = math.sqrt(1 / (3 * 256))
+    block = model.blocks[0]
+    assert block.attention.qkv.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert block.attention.proj.weight.std().item() == pytest.approx(std / math.sqrt(8), rel=0.05)
+    assert model.head.linear.weight.std().item() == pytest.approx(std * 0.02, rel=0.05)
+    rows = block.adaln.linear.weight.unflatten(0, (6, 256)).std(dim=(1, 2)).tolist()
+    assert rows == pytest.approx([std * 1e-3] * 2 + [std * 0.5] * 4, rel=0.05)
+    assert block.attention.log_scale.tolist() == pytest.approx([math.log(4)] * 4)
+
+
+def test_drop_path_rises_to_its_rate() -> None:
+    assert [b.drop_path_rate for b in tiny(drop_path_rate=0.2).blocks] == pytest.approx([0, 0.1, 0.2])
+    assert tiny().blocks[-1].drop_path_rate == pytest.approx(0.1 * 3 / 24)
+
+
+def test_wrong_settings() -> None:
+    with pytest.raises(ValueError, match="heads divide"):
+        tiny(heads=3)
+    with pytest.raises(ValueError, match="masked layers"):
+        tiny(masked_layers=4)

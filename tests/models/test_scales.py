@@ -1,0 +1,44 @@
+import pytest
+
+from hmar_cli.models.scales import Scales, check_schedule, split_passes
+
+
+def test_lengths_of_the_published_lists() -> None:
+    assert Scales.of([1, 2, 3, 4, 5, 6, 8, 10, 13, 16]).total == 680
+    assert Scales.of([1, 2, 3, 4, 6, 9, 13, 18, 24, 32]).total == 2240
+    assert Scales.of([1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64]).total == 9451
+
+
+def test_rectangles() -> None:
+    scales = Scales.of([1, [1, 2], [2, 3]])
+    assert scales.lengths == (1, 2, 6)
+    assert scales.offsets == (0, 1, 3)
+    assert scales.slice(2) == slice(3, 9)
+    assert scales.grid == (2, 3)
+    assert scales.sides() == [1, [1, 2], [2, 3]]
+
+
+@pytest.mark.parametrize("sides", [[], [0, 1], [2, 1], [1, 1], [[2, 2], [1, 3]]])
+def test_lists_that_do_not_grow(sides: list[int]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Scales.of(sides)
+
+
+def test_schedules() -> None:
+    scales = Scales.of([1, 2, 3])
+    assert check_schedule([[1], [1, 3], [2, 3, 4]], scales) == ((1,), (1, 3), (2, 3, 4))
+    for wrong in ([[1], [4]], [[1], [1, 2], [9]], [[1], [0, 4], [9]], [[1], [], [9]]):
+        with pytest.raises(ValueError, match="expected"):
+            check_schedule(wrong, scales)
+
+
+@pytest.mark.parametrize(("length", "passes"), [(1, 1), (4, 2), (9, 3), (16, 16), (256, 8), (5, 4)])
+def test_split_passes(length: int, passes: int) -> None:
+    shares = split_passes(length, passes)
+    assert len(shares) == passes and sum(shares) == length and min(shares) >= 1
+
+
+def test_split_passes_grows_and_refuses_too_many() -> None:
+    assert split_passes(256, 4) == tuple(sorted(split_passes(256, 4)))
+    with pytest.raises(ValueError, match="1 to 4"):
+        split_passes(4, 5)
