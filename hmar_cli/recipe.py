@@ -262,9 +262,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     problems: list[str] = []
     path = recipe_path(name_or_path)
-    table = _lay(_overrides(overrides, problems), _load_table(path, (), problems), Path(), (), problems)
+    table = _load_table(path, (), problems)
+    whole = not problems
+    table = _lay(_overrides(overrides, problems), table, Path(), (), problems)
     table.setdefault("name", path.stem)
-    return _checked(table, problems, f"recipe {name_or_path}")
+    return _checked(table, problems, f"recipe {name_or_path}", whole)
 
 
 def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
@@ -301,11 +303,16 @@ def _fold(text: str) -> str:
     return re.sub(r"\s*\n\s*", " ", text).replace("[ ", "[").replace(", ]", "]").replace(",]", "]")
 
 
-def _checked(table: Mapping[str, Any], problems: list[str], what: str) -> Recipe:
-    """The recipe of a table, or all that is wrong with it, added to what was already found."""
+def _checked(table: Mapping[str, Any], problems: list[str], what: str, whole: bool = True) -> Recipe:
+    """The recipe of a table, or all that is wrong with it, added to what was already found.
+
+    Defaults stand in for wrong values; what follows from a stand-in, or from a file that could not be read
+    (the table is not `whole`), is no mistake.
+    """
     recipe: Recipe = _section(table, Recipe, "", problems)
-    wrong = _settings_in(problems)  # their defaults stand in; what follows from a stand-in is no mistake
-    problems.extend(each for each in impossible_combinations(recipe) if not wrong & _settings_in([each]))
+    wrong = _settings_in(problems)
+    combinations = impossible_combinations(recipe) if whole else []
+    problems.extend(each for each in combinations if not wrong & _settings_in([each]))
     if not problems:
         return recipe
     count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
@@ -315,7 +322,10 @@ def _checked(table: Mapping[str, Any], problems: list[str], what: str) -> Recipe
 
 
 def _settings_in(problems: Sequence[str]) -> set[str]:
-    return set(re.findall(r"[a-z]+\.[a-z][a-z_0-9]*", " ".join(problems)))
+    """Settings (`train.seed`) and sections (`[train]`) that are mentioned."""
+    text = "\n".join(problems)
+    sections = {f"[{name}]" for name in re.findall(r"^([a-z]+):", text, re.MULTILINE)}
+    return sections | set(re.findall(r"[a-z]+\.[a-z][a-z_0-9]*|\[[a-z]+\]", text))
 
 
 # Layers of tables: parents, the file itself, overrides
@@ -578,6 +588,9 @@ def _grid(sides: Sequence[int]) -> str:
 
 def _tokenizer_problems(recipe: Recipe, scales: Scales) -> Iterator[str]:
     tokenizer, size = recipe.tokenizer, recipe.data.size
+    if not tokenizer.multipliers:
+        yield "tokenizer.multipliers: expected one or more levels, got none"
+        return
     pixels = (size, size) if isinstance(size, int) else tuple(size)
     covered = tuple(side * tokenizer.stride for side in scales.grid)
     if covered != pixels:
@@ -585,11 +598,9 @@ def _tokenizer_problems(recipe: Recipe, scales: Scales) -> Iterator[str]:
             f"tokenizer.scales: the last, {_grid(scales.grid)}, times the stride {tokenizer.stride} of "
             f"tokenizer.multipliers is {_grid(covered)} pixels, but data.size is {_grid(pixels)}"
         )
-    for width in sorted({tokenizer.channels * each for each in tokenizer.multipliers}):
-        if width % 32:
-            yield f"tokenizer.channels: {width} channels of a level do not split into 32 groups"
-    if not tokenizer.multipliers:
-        yield "tokenizer.multipliers: expected one or more levels, got none"
+    widths = {tokenizer.channels * each for each in tokenizer.multipliers}
+    if uneven := sorted(width for width in widths if width % 32):
+        yield f"tokenizer.channels: {uneven[0]} channels of a level do not split into 32 groups"
 
 
 def _model_problems(model: NextScale) -> Iterator[str]:
@@ -608,7 +619,7 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield f'data.crops: {data.crops} crops of an image need data.crop = "var"; the centre crop has one'
     if train.batch_size % train.accumulate:
         yield f"train.batch_size: {train.batch_size} is not divisible by train.accumulate, {train.accumulate}"
-    if not re.fullmatch(r"lin0|lin|lin00|lin0\.\d+|cos|exp|constant", optim.schedule):
+    if not re.fullmatch(r"lin0|lin|lin00|lin0\.\d*[1-9]\d*|cos|exp|constant", optim.schedule):
         yield (
             f"optim.schedule: expected lin, lin0, lin00, lin<share> such as lin0.2, cos, exp or constant, "
             f'got "{optim.schedule}"'
