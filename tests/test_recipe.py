@@ -70,7 +70,7 @@ def test_a_shipped_recipe_begins_with_its_source_hardware_expectation_and_comman
     for part in ("# Hardware: ", "# Expected: ", "# Command:", "#   hmar "):
         assert part in comment
     assert f"--recipe {name} " in comment
-    assert max(map(len, lines)) <= 140
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize("size", ["tiny", "cifar10", "tin40"])
