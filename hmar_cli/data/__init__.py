@@ -1,0 +1,1 @@
+"""Image sources, caches of tokens, and the batches made of them."""

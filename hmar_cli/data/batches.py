@@ -1,0 +1,222 @@
+"""Endless batches in a fixed order: each is a function of its number, so that a run can go on anywhere.
+
+Epoch e goes through a permutation seeded by (seed, e). Micro-step m of all processes together takes the m-th
+`world * batch_size` places of it, process r the r-th `batch_size` of those; places left over at the end of an
+epoch are dropped. Crops, mirroring and views are random by (seed, epoch, index).
+"""
+
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hmar_cli.console import console
+from hmar_cli.data.ahead import prefetch
+from hmar_cli.data.cache import TokenCache
+from hmar_cli.data.sources import ImageSource
+from hmar_cli.data.transforms import Crop, Pixels, image_transform
+from hmar_cli.errors import UserError
+from hmar_cli.models.scales import Side
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Indices = npt.NDArray[np.int64]
+ORDER, VIEW, PLACE, MIRROR = range(4)  # what random numbers are for
+FETCH = 4096  # images gathered from a cache at once
+KEEP = 2 << 30  # bytes of scaled images kept in memory
+
+
+def epoch_length(count: int, global_micro_batch: int) -> int:
+    """Micro-batches in an epoch.
+
+    Args:
+        count: images.
+        global_micro_batch: images of one micro-batch over all processes.
+
+    Raises:
+        UserError: fewer images than one micro-batch.
+    """
+    if count < global_micro_batch:
+        raise UserError(
+            f"{count} images are fewer than the {global_micro_batch} of one batch",
+            f"take more images, or --set train.batch_size={count} or less",
+        )
+    return count // global_micro_batch
+
+
+def order(
+    count: int, *, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, Indices]]:
+    """Yield (epoch, indices (batch_size,)) of one process, from micro-step `start` on, without end."""
+    everyone = batch_size * world
+    length = epoch_length(count, everyone)
+    epoch, places = -1, np.empty(0, np.int64)
+    for step in itertools.count(start):
+        if step // length != epoch:
+            epoch = step // length
+            places = np.random.default_rng([seed, epoch, ORDER]).permutation(count)
+        first = step % length * everyone + rank * batch_size
+        yield epoch, places[first : first + batch_size]
+
+
+def token_batches(
+    cache: TokenCache,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    mirror: bool = True,
+) -> "Iterator[dict[str, Tensor]]":
+    """Yield batches of a cache without end, each image in a random view.
+
+    Args:
+        cache: the cache.
+        batch_size: images of a batch.
+        seed: of order and views.
+        start: micro-step to begin with.
+        rank: which process this is.
+        world: how many processes there are.
+        mirror: whether mirrored views are taken too, where the cache has them.
+
+    Yields:
+        {"tokens": int64 (b, L), "label": int64 (b,), "index": int64 (b,)}
+    """
+    steps = order(len(cache), batch_size=batch_size, seed=seed, start=start, rank=rank, world=world)
+    return _token_batches(cache, steps, batch_size, seed, mirror)
+
+
+def _token_batches(
+    cache: TokenCache, steps: Iterator[tuple[int, Indices]], batch_size: int, seed: int, mirror: bool
+) -> "Iterator[dict[str, Tensor]]":
+    import torch
+
+    epoch, views = -1, np.empty(0, np.int64)
+    while True:
+        block = list(itertools.islice(steps, max(1, FETCH // batch_size)))
+        chosen = []
+        for number, indices in block:
+            if number != epoch:
+                epoch, views = number, _view_choice(cache, seed, number, mirror)
+            chosen.append(views[indices])
+        every = np.concatenate([indices for _, indices in block])
+        tokens = cache.fetch("tokens", every, np.concatenate(chosen))
+        for place, (_, indices) in enumerate(block):
+            rows = tokens[place * batch_size : (place + 1) * batch_size]
+            yield {
+                "tokens": torch.from_numpy(rows.astype(np.int64)),
+                "label": torch.from_numpy(cache.labels[indices]),
+                "index": torch.from_numpy(indices.copy()),
+            }
+
+
+def _view_choice(cache: TokenCache, seed: int, epoch: int, mirror: bool) -> Indices:
+    """The view of every image in an epoch, (count,)."""
+    step = 2 if cache.manifest.mirror and not mirror else 1  # mirrored views are the odd ones
+    rng = np.random.default_rng([seed, epoch, VIEW])
+    return rng.integers(cache.manifest.views // step, size=len(cache)) * step
+
+
+def image_batches(
+    source: ImageSource,
+    *,
+    size: Side,
+    crop: Crop,
+    mirror: bool,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 2,
+) -> "Iterator[dict[str, Tensor]]":
+    """Yield batches of images without end, cropped and mirrored at random.
+
+    Scaled images are kept in memory up to 2 GiB, so that small data is decoded once. In the place of an image
+    that cannot be used the next one is taken, with one warning.
+
+    Args:
+        source: the images; not a stream.
+        size: of a training image.
+        crop: "adm" or "var".
+        mirror: whether half of the images are mirrored.
+        batch_size: images of a batch.
+        seed: of order, crops and mirroring.
+        start: micro-step to begin with.
+        rank: which process this is.
+        world: how many processes there are.
+        workers: threads that decode images.
+
+    Yields:
+        {"image": uint8 (b, 3, H, W), "label": int64 (b,), "index": int64 (b,)}
+
+    Raises:
+        UserError: a stream, too few images for a batch, or none that can be used.
+    """
+    steps = order(len(source), batch_size=batch_size, seed=seed, start=start, rank=rank, world=world)
+    return prefetch(_image_batches(_Pictures(source, size, crop, workers), steps, seed, mirror), 2)
+
+
+def _image_batches(
+    pictures: "_Pictures", steps: Iterator[tuple[int, Indices]], seed: int, mirror: bool
+) -> "Iterator[dict[str, Tensor]]":
+    import torch
+
+    count, epoch = pictures.count, -1
+    for number, indices in steps:
+        if number != epoch:
+            epoch = number
+            places = np.random.default_rng([seed, epoch, PLACE]).random((count, 2))
+            mirrored = np.random.default_rng([seed, epoch, MIRROR]).random(count) < 0.5 * mirror
+        scaled = pictures.get(indices)
+        batch = np.empty((len(indices), *pictures.transform.size, 3), np.uint8)
+        for i, (index, (picture, _)) in enumerate(zip(indices, scaled, strict=True)):
+            batch[i] = pictures.transform.window(picture, places[index, 0], places[index, 1])
+        flip = np.flatnonzero(mirrored[indices])
+        batch[flip] = batch[flip][:, :, ::-1]
+        yield {
+            "image": torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous(),  # b H W 3 -> b 3 H W
+            "label": torch.tensor([label for _, label in scaled]),
+            "index": torch.from_numpy(indices.copy()),
+        }
+
+
+class _Pictures:
+    """Scaled images by index, decoded by threads and kept while there is room."""
+
+    def __init__(self, source: ImageSource, size: Side, crop: Crop, workers: int) -> None:
+        self.source, self.count = source, len(source)
+        self.transform = image_transform(size, crop, train=True)
+        self._pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="hmar-decode")
+        self._kept: dict[int, tuple[Pixels, int]] = {}
+        self._room = KEEP
+        self._warned = False
+
+    def get(self, indices: Indices) -> list[tuple[Pixels, int]]:
+        """Return the scaled pictures and labels of `indices`."""
+        missing = [index for index in indices.tolist() if index not in self._kept]
+        fresh = dict(zip(missing, self._pool.map(self._decode, missing), strict=True))
+        for index, (picture, label) in fresh.items():
+            if picture.nbytes <= self._room:
+                self._room -= picture.nbytes
+                self._kept[index] = (picture, label)
+        return [fresh.get(index) or self._kept[index] for index in indices.tolist()]
+
+    def _decode(self, index: int) -> tuple[Pixels, int]:
+        for place in itertools.chain(range(index, self.count), range(index)):
+            example = self.source[place]
+            if example.image is not None:
+                return self.transform.resized(example.image), example.label
+            if not self._warned:
+                self._warned = True
+                console.print(
+                    f"[yellow]warning:[/] image {place} of {self.source.name} cannot be used, so the next "
+                    f"takes its place; others are replaced without a word ({example.error})",
+                    highlight=False,
+                )
+        raise UserError(f"no image of {self.source.name} could be used")
