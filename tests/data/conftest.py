@@ -1,10 +1,13 @@
 import io
-import os
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `pictures`, which the tests here share
+
 from pictures import Classes, encoded, picture
 
 
