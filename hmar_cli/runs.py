@@ -404,7 +404,7 @@ def other_tokenizer(what: str, found: str, made_by: str) -> UserError:
 
 
 def adopt_cache(recipe: Recipe, cache: TokenCache) -> Recipe:
-    """Complete a recipe with what the cache knows: the class count, and all of its tokenizer's settings.
+    """Complete a recipe with what the cache knows: class count, image size, and its tokenizer's settings.
 
     Raises:
         UserError: other scales, or another codebook, than the recipe's.
@@ -419,7 +419,9 @@ def adopt_cache(recipe: Recipe, cache: TokenCache) -> Recipe:
         )
     assert recipe.model is not None
     model = replace(recipe.model, num_classes=len(manifest.class_names))
-    return replace(recipe, model=model, tokenizer=settings)
+    height, width = manifest.size
+    data = replace(recipe.data, size=height if height == width else (height, width))
+    return replace(recipe, model=model, tokenizer=settings, data=data)
 
 
 def adopt_base(recipe: Recipe, base: Checkpoint) -> Recipe:

@@ -284,7 +284,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         OSError: as the system reports it, for instance on a full disk.
     """
     try:
-        save_file({name: _own(tensor) for name, tensor in tensors.items()}, path)
+        save_file(_separate(tensors), path)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if not number:
@@ -309,11 +309,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in memory of its own, as safetensors wants it."""
-    tensor = tensor.detach().to("cpu").contiguous()
-    shared = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
-    return tensor.clone() if shared else tensor
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each in memory of its own, as safetensors wants them."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
 
 
 def _carry(source: Path, target: Path) -> None:

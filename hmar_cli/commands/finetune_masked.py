@@ -23,8 +23,8 @@ from hmar_cli.commands.train import (
 EXAMPLES = """
 Train HMAR's masked branch, which refines what the next-scale model drew.
 
-The last blocks and the head of BASE are copied and trained, with a new mask embedding; all else is frozen. The
-result holds both branches, so that `hmar sample` can draw with any refinement schedule.
+The last blocks and the head of BASE are copied and trained, with a new mask embedding; all else is frozen.
+The result holds both branches, so that `hmar sample` can draw with any refinement schedule.
 
 **Examples**
 

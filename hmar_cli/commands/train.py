@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Train a tokenizer on images, or a VAR or HMAR model on a cache of tokens.
 
-The run folder gets checkpoints, `metrics.jsonl`, TensorBoard files and pictures. Ctrl-C finishes the step and saves;
-`--resume` goes on from the newest checkpoint, on a CPU with exactly the numbers of a run that was never stopped.
+The run folder gets checkpoints, `metrics.jsonl`, TensorBoard files and pictures. Ctrl-C finishes the step
+and saves; `--resume` goes on from the newest checkpoint, on a CPU with exactly the numbers of a run never stopped.
 
 **Examples**
 
@@ -150,8 +150,8 @@ def plan_lines(outcome: "Outcome", recipe: "Recipe") -> list[str]:
     lines += [
         f"data: {round(plan.steps_per_epoch * recipe.train.batch_size):,} images an epoch",
         f"length: {plan.steps:,} steps of {recipe.train.batch_size} images, {epochs:.4g} epochs",
-        f"processes: {plan.world} on {plan.device}, {plan.precision}; micro-batches of {plan.micro_batch} images, "
-        f"{recipe.train.accumulate} a step",
+        f"processes: {plan.world} on {plan.device}, {plan.precision}; "
+        f"{recipe.train.accumulate} micro-batches of {plan.micro_batch} images a step",
         f"memory of weights, gradients, moments and averages: {gib(plan.memory_bytes)} a process",
     ]
     if outcome.peak_memory_bytes:

@@ -208,6 +208,7 @@ class Trainer:
         self.bf16 = recipe.train.precision == "bf16" or (
             recipe.train.precision == "auto" and self.device.type == "cuda"
         )
+        self.patient = self.device.type != "cpu"  # steps are not waited for
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.benchmark = True
@@ -247,7 +248,7 @@ class Trainer:
             finite &= norm.isfinite()
         self.norms.add({f"grad_norm_{name}": norm for name, norm in norms.items()})
         self.optimizer.judge(self.step, self._all(finite))
-        if self.device.type == "cpu":
+        if not self.patient:
             self.check()
         self.optimizer.step(self.step)
         self.step += 1
