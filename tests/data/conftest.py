@@ -61,7 +61,9 @@ def _feature(values: object) -> object:
     if isinstance(values, Classes):
         return datasets.ClassLabel(names=values.names)
     assert isinstance(values, list)
-    return datasets.Value({str: "string", int: "int64", float: "float64"}[type(values[0])])
+    return datasets.Value(
+        {str: "string", int: "int64", float: "float64"}[type(next(v for v in values if v is not None))]
+    )
 
 
 @pytest.fixture
