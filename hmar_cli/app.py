@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hmar_cli.commands import checkpoint, finetune_masked, recipes, sample, tokenize, train
+from hmar_cli.commands import checkpoint, curves, finetune_masked, recipes, sample, tokenize, train
 from hmar_cli.errors import UserError, from_os_error
 
 
@@ -43,7 +43,7 @@ app = typer.Typer(
     help="Autoregressive image generation: HMAR and VAR, from raw images to samples.",
     epilog="Start with `hmar recipes list`, or see the README for a command for each job.",
 )
-for module in (tokenize, train, finetune_masked, sample):
+for module in (tokenize, train, finetune_masked, sample, curves):
     module.register(app)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -1,7 +1,7 @@
 """Pictures for people: image grids and curves."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +51,38 @@ def save_png(image: Image.Image, target: Path) -> None:
     """Write a PNG file that is either complete or absent."""
     with atomic_file(target) as temporary:
         image.save(temporary, format="PNG")
+
+
+def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, target: Path) -> None:
+    """Plot a metric of several runs over training, as a whole and for every scale (HMAR supplement, Fig. 16).
+
+    Args:
+        runs: rows of each run's metrics file, by a name for the legend.
+        metric: such as "accuracy"; its "_per_scale" twin gives the small plots.
+        target: PNG file to write.
+
+    Raises:
+        ValueError: no run has the metric.
+    """
+    from matplotlib.figure import Figure
+
+    per_scale = f"{metric}_per_scale"
+    found = {name: [row for row in rows if metric in row or per_scale in row] for name, rows in runs.items()}
+    count = max((len(row.get(per_scale, ())) for rows in found.values() for row in rows), default=-1)
+    if count < 0:
+        raise ValueError(f"expected runs with the metric {metric!r}")
+    columns = min(4, 1 + count)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * math.ceil((1 + count) / columns)), layout="constrained")
+    for place in range(1 + count):
+        axes = figure.add_subplot(math.ceil((1 + count) / columns), columns, place + 1)
+        for name, rows in found.items():
+            drawn = [row for row in rows if place == 0 or len(row.get(per_scale, ())) >= place]
+            values = [row.get(metric) if place == 0 else row[per_scale][place - 1] for row in drawn]
+            axes.plot([row["step"] for row in drawn], values, label=name, linewidth=1.2)
+        axes.set_title(metric.replace("_", " ") if place == 0 else f"scale {place} of {count}", fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        if place == 0:
+            axes.legend(fontsize=7)
+    with atomic_file(target) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

@@ -110,9 +110,8 @@ def read_file(path: Path) -> State:
             f"no such file: {path}", "download the published file first; imports never fetch anything"
         )
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        safe = path.suffix == ".safetensors"
+        loaded = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds pickled objects beyond tensors, which could run code: refused",

@@ -1,0 +1,52 @@
+"""`hmar curves`: plot what runs measured while they trained."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hmar_cli.errors import UserError
+
+EXAMPLES = """
+Plot a metric of one or several runs over training, as a whole and for every scale.
+
+A next-scale accuracy of 4 to 6 % is normal: most tokens are fine detail that no model could foretell. The early and
+middle scales are what image quality follows (HMAR supplement, Fig. 16).
+
+**Examples**
+
+- `hmar curves runs/var-cifar10 runs/hmar-cifar10 --out curves.png`
+- `hmar curves runs/hmar-cifar10 --metric cross_entropy`
+- `hmar curves runs/msvq-tiny --metric psnr --json`
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("curves", help=EXAMPLES)(curves)
+
+
+def curves(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    metric: Annotated[str, typer.Option(help="Name in metrics.jsonl, such as accuracy or psnr.")] = "accuracy",
+    out: Annotated[Path, typer.Option(help="PNG file.")] = Path("curves.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print each run's last row as JSON.")] = False,
+) -> None:
+    """Plot; the help text is `EXAMPLES`."""
+    from hmar_cli.console import console
+    from hmar_cli.report import plot_curves
+    from hmar_cli.training.logging import read_rows
+
+    missing = [run for run in runs if not (run / "metrics.jsonl").is_file()]
+    if missing:
+        raise UserError(f"no metrics.jsonl in {missing[0]}", "give the folders of training runs")
+    rows = {run.name: read_rows(run / "metrics.jsonl") for run in runs}
+    try:
+        plot_curves(rows, metric, out)
+    except ValueError as error:
+        known = sorted({key.removesuffix("_per_scale") for r in rows.values() for row in r for key in row})
+        raise UserError(f"no run measured {metric!r}", f"they have {', '.join(known)}") from error
+    console.print(f"curves of {', '.join(rows)} in {out}")
+    if as_json:
+        print(json.dumps({name: measured[-1] for name, measured in rows.items()}, indent=2))

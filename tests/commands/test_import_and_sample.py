@@ -1,0 +1,148 @@
+"""From a published file to images, by the commands alone; greedy images must be the recorded ones."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from hmar_cli.app import app
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"
+
+
+def golden() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "golden", Path(__file__).parents[1] / "parity" / "golden.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def hmar(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+class World:
+    """Published files of a fixture's models on disk, and the checkpoints imported from them."""
+
+    def __init__(self, folder: Path, name: str, format: str) -> None:
+        module = golden()
+        self.about, self.tensors = module.load_fixture(FIXTURES / f"{name}.json")
+        state: dict[str, Tensor] = module.part(self.tensors, "state.")
+        torch.save({k: v for k, v in state.items() if not k.startswith("vae.")}, folder / "model.pth")
+        torch.save(module.part(state, "vae."), folder / "vae.pth")
+        sides = ",".join(map(str, self.about["config"]["vae"]["v_patch_nums"]))
+        self.tokenizer, self.checkpoint = folder / "tokenizer", folder / "checkpoint"
+        arguments = ("checkpoint", "import", folder / "vae.pth", "--format", "msvq", "--scales", sides)
+        assert hmar(*arguments, "--out", self.tokenizer).exit_code == 0
+        arguments = ("checkpoint", "import", folder / "model.pth", "--format", format, "--scales", sides)
+        self.imported = hmar(*arguments, "--tokenizer", self.tokenizer, "--out", self.checkpoint, "--json")
+        assert self.imported.exit_code == 0, self.imported.output
+
+
+@pytest.fixture(scope="module", params=[("var-a", "var"), ("hmar-full-a", "hmar")], ids=["var", "hmar"])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"), *request.param)
+
+
+def test_import_accounts_for_every_key_and_states_the_licence(world: World) -> None:
+    account = json.loads(world.imported.stdout)
+    keys = [k for k in world.tensors if k.startswith("state.") and not k.startswith("state.vae.")]
+    assert account["imported"] + len(account["derived"]) == len(keys)
+    assert account["licence"] in world.imported.stderr
+    about = json.loads(hmar("checkpoint", "inspect", world.checkpoint, "--json").stdout)
+    assert about["licence"] == account["licence"]
+    assert about["parameters"] == account["parameters"]
+    assert about["classes"] == world.about["config"]["transformer"]["num_classes"]
+    assert about["source"]["file"] == "model.pth" and len(about["source"]["sha256"]) == 64
+    assert about["tokenizer"] == "carried"
+    assert "next-scale" in hmar("checkpoint", "inspect", world.checkpoint).stdout
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_greedy_samples_are_the_recorded_images(world: World, tmp_path: Path, batch_size: int) -> None:
+    runs = world.about["config"]["generations"]
+    name = next(n for n, run in runs.items() if run["top_k"] == 1 and run["cfg"] == 1.5)
+    schedule = json.dumps(runs[name].get("mask_schedule") or []).replace("[]", "none")
+    labels = ",".join(map(str, world.tensors["in.gen_labels"].tolist()))
+    arguments = ("sample", "--checkpoint", world.checkpoint, "--labels", labels, "--cfg", 1.5, "--top-k", 1)
+    arguments += (
+        "--top-p",
+        0,
+        "--schedule",
+        schedule,
+        "--batch-size",
+        batch_size,
+        "--out",
+        tmp_path,
+        "--npz",
+    )
+    result = hmar(*arguments, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    expected = (world.tensors[f"out.{name}.image"].permute(0, 2, 3, 1) * 255).round().numpy()
+    for i, image in enumerate(expected):
+        with Image.open(tmp_path / f"{i:06d}.png") as drawn:
+            assert np.abs(np.asarray(drawn) - image).max() <= 1
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert arrays["arr_0"].shape == expected.shape and arrays["arr_0"].dtype == np.uint8
+    record = json.loads((tmp_path / "sample.json").read_text())
+    assert record["top_k"] == 1 and record["seed"] == 0 and record["cfg"] == 1.5
+
+
+def sample(world: World, out: Path, *extra: object) -> Any:
+    arguments = ("sample", "--checkpoint", world.checkpoint, "--device", "cpu", "--schedule", "none")
+    return hmar(*arguments, "--out", out, *extra)
+
+
+def pixels(out: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(out.glob("0*.png"))]
+
+
+def test_batch_size_and_interruption_change_nothing(world: World, tmp_path: Path) -> None:
+    """Images that an interrupted run left are kept, the others come out the same."""
+    for name, batch in (("one", 1), ("three", 3)):
+        assert sample(world, tmp_path / name, "--count", 5, "--batch-size", batch).exit_code == 0
+    whole = pixels(tmp_path / "one")
+    assert len(set(whole)) == 5 and pixels(tmp_path / "three") == whole
+    (tmp_path / "one" / "000003.png").unlink()
+    (tmp_path / "one" / "000001.png").write_bytes(b"kept")
+    result = sample(world, tmp_path / "one", "--count", 5)
+    assert (tmp_path / "one" / "000003.png").read_bytes() == whole[3]
+    assert (tmp_path / "one" / "000001.png").read_bytes() == b"kept" or result.exit_code == 2
+
+
+def test_mistakes_are_one_line_and_a_hint(world: World, tmp_path: Path) -> None:
+    cases = {
+        "no class 'zebra'": ("--labels", "zebra"),
+        "--schedule 1,2": ("--schedule", "1,2"),
+        "precision": ("--precision", "fp8"),
+        "no weights 'best'": ("--weights", "best"),
+    }
+    for message, extra in cases.items():
+        result = sample(world, tmp_path, *extra)
+        assert result.exit_code == 2, result.output
+        first, *rest = result.stderr.strip().splitlines()
+        assert first.startswith("error: ") and message in first
+        assert rest[-1].startswith("hint: ") or message == "precision"
+    assert sample(world, tmp_path / "other", "--count", 1).exit_code == 0
+    result = sample(world, tmp_path / "other", "--count", 2)
+    assert result.exit_code == 2 and "other settings" in result.stderr
+    result = hmar("sample", "--checkpoint", tmp_path / "nowhere")
+    assert result.exit_code == 2 and "nowhere" in result.stderr
+
+
+def test_var_refuses_to_refine(world: World, tmp_path: Path) -> None:
+    result = sample(world, tmp_path, "--schedule", "1,2,1,1", "--count", 1)
+    if world.imported.stdout.count("merged"):
+        assert result.exit_code == 0
+    else:
+        assert result.exit_code == 2 and "masked branch" in result.stderr
