@@ -167,7 +167,7 @@ class Train:
     )
     log_every: Count = 50  # steps
     save_every: Count = 5000
-    sample_every: Whole = 5000  # 0 never
+    sample_every: Count = 5000
     keep: Count = 2  # checkpoints
 
 
