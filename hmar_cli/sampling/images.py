@@ -49,7 +49,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
         UserError: an unknown precision.
     """
     if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"expected a precision of auto, bf16 or fp32, got {precision!r}")
+        raise UserError(f"no precision {precision!r}", "use auto, bf16 or fp32")
     enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
@@ -64,6 +64,9 @@ def generate(
 ) -> Tensor:
     """Draw the images of `indices`, [B, 3, H, W] in [-1, 1].
 
+    On a CPU each image is decoded alone, since convolutions round differently in batches of different size: there the
+    same tokens always become the same pixels.
+
     Raises:
         UserError: the model gave numbers that are not finite.
     """
@@ -72,8 +75,9 @@ def generate(
     try:
         with autocast(device, job.precision):
             noise = PhiloxNoise(job.seed, index)
-            _, f_hat = sample_next_scale(model, tokenizer.quantizer, labels, job.settings, noise)
-            return tokenizer.decode(f_hat).float()
+            tokens, _ = sample_next_scale(model, tokenizer.quantizer, labels, job.settings, noise)
+            decoded = len(tokens) if device.type == "cuda" else 1  # at once
+            return torch.cat([tokenizer.decode_tokens(part) for part in tokens.split(decoded)])
     except FloatingPointError as error:
         raise UserError(
             f"images {indices[0]} to {indices[-1]}: {error}",
@@ -115,6 +119,7 @@ def draw_images(
 
     state = PartialState(cpu=device == "cpu")
     place = torch.device(device) if device and state.num_processes == 1 else state.device
+    autocast(place, job.precision)  # a wrong name fails here, before anything is written
     out.mkdir(parents=True, exist_ok=True)
     if state.is_main_process:
         _claim(out, about)
