@@ -311,10 +311,10 @@ def starting_point(recipe: Recipe, options: Options) -> Checkpoint | None:
     if not (out / "recipe.toml").is_file():
         raise UserError(f"no run to resume in {out}", "give the --out of the run, or leave out --resume")
     if not list_steps(out):
-        console.print(f"{out} has no checkpoint yet: starting at its first step")
+        console.print(f"{out} has no checkpoint yet: starting at its first step", soft_wrap=True)
         return None
     checkpoint = open_checkpoint(out)
-    console.print(f"resuming {checkpoint.folder}")
+    console.print(f"resuming {checkpoint.folder}", soft_wrap=True)
     return checkpoint
 
 
@@ -360,9 +360,8 @@ def initialize(model: NextScaleTransformer, origin: Checkpoint, class_names: tup
     fresh = model.state_dict()[key].cpu()
     if origin.class_names != class_names and weights[key].shape[1] == fresh.shape[1]:
         weights[key], found = remap_class_embedding(weights[key], fresh, origin.class_names, class_names)
-        console.print(
-            f"class embeddings: {found} of {len(class_names)} classes found by name in {origin.folder}"
-        )
+        what = f"class embeddings: {found} of {len(class_names)} classes found by name in {origin.folder}"
+        console.print(what, soft_wrap=True)
     load_weights(model, weights, origin.folder)
 
 

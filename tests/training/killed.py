@@ -25,7 +25,6 @@ def die(sign: int = signal.SIGKILL) -> None:
 
 def at_step(self: Trainer, stream: Any) -> None:
     if self.step == step:
-        next(stream)
         die(signal.SIGINT if moment == "interrupt" else signal.SIGKILL)
     train_step(self, stream)
 

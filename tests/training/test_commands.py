@@ -1,0 +1,280 @@
+"""`hmar train` and `hmar finetune-masked` through the real application."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_cache
+from typer.testing import CliRunner
+
+from hmar_cli.app import app
+from hmar_cli.builders import load_model, load_tokenizer
+from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint, step_folder
+from hmar_cli.recipe import load_recipe
+from hmar_cli.training.logging import read_rows
+
+SHORT = ("--set", "train.steps=2", "--set", "train.save_every=2", "--device", "cpu")
+
+
+def hmar(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def train(toys, *arguments):
+    return hmar("train", "--recipe", toys / "toy.toml", *arguments, *SHORT)
+
+
+def refused(result, *words: str) -> None:
+    """Exit code 2, one line of error and one of hint."""
+    assert result.exit_code == 2, result.output
+    assert [line.startswith("error: ") for line in result.stderr.splitlines()].count(True) == 1
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture(scope="module")
+def base(toys, cache, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("base") / "run"
+    result = train(toys, "--data", cache, "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_a_model_is_trained_on_a_cache(base, cache):
+    found = open_checkpoint(base)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert found.step == 2 and found.weights == ("model", "ema")
+    assert list(found.class_names) == manifest["class_names"]
+    assert found.tokenizer_hash == manifest["tokenizer_hash"]
+    assert found.recipe.model.num_classes == len(manifest["class_names"])
+    assert load_recipe(str(base / "recipe.toml")) == found.recipe
+    model, tokenizer, _ = load_model(base)
+    assert tokenizer.fingerprint() == found.tokenizer_hash
+    assert model.class_embed.weight.shape[0] == len(manifest["class_names"]) + 1
+    row = read_rows(base / "metrics.jsonl")[-1]
+    assert len(row["accuracy_per_scale"]) == len(row["cross_entropy_per_scale"]) == 3
+    assert (base / "samples" / "step-00000002.png").is_file()
+
+
+def test_outcome_as_json_and_the_next_command(toys, cache, tmp_path):
+    result = train(toys, "--data", cache, "--out", tmp_path / "run", "--no-ema", "--json")
+    assert result.exit_code == 0, result.output
+    outcome = json.loads(result.stdout)
+    assert outcome["step"] == 2 and outcome["checkpoint"].endswith("step-00000002")
+    assert "hmar sample --checkpoint" in result.stderr
+    assert open_checkpoint(tmp_path / "run").weights == ("model",)
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(toys, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = train(toys, "--data", cache, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)["plan"]
+    assert plan["steps"] == 2 and plan["micro_batch"] == 4 and plan["parameters"]["model"] > 1000
+    assert "parameters" in result.stderr and "one step: loss" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused(toys, cache, base):
+    refused(train(toys, "--data", cache, "--out", base), "is not empty", "--resume")
+
+
+def test_a_missing_run_is_not_started_from_scratch(toys, cache, tmp_path):
+    refused(train(toys, "--data", cache, "--out", tmp_path / "none", "--resume"), "no run to resume")
+    refused(hmar("train", "--out", tmp_path / "none", "--resume"), "no run to resume")
+    assert not (tmp_path / "none").exists()
+
+
+def test_paths_that_do_not_exist_are_refused(toys, cache, tmp_path):
+    out = tmp_path / "run"
+    refused(train(toys, "--data", tmp_path / "none", "--out", out), "none")
+    refused(train(toys, "--data", cache, "--out", out, "--init", tmp_path / "none"), "no such checkpoint")
+    refused(train(toys, "--data", cache, "--out", out, "--tokenizer", tmp_path / "none"), "none")
+    refused(train(toys, "--out", out), "--data is missing", "hmar tokenize")
+    refused(hmar("train"), "--recipe is missing", "hmar recipes list")
+    refused(hmar("train", "--recipe", tmp_path / "none.toml"), "none.toml")
+    refused(hmar("finetune-masked", tmp_path / "none", "--data", cache), "no such checkpoint")
+    refused(hmar("train", "--recipe", toys / "toy.toml", "--device", "tpu"), "--device tpu")
+    assert not out.exists()
+
+
+def test_a_cache_of_another_tokenizer_is_refused_with_both_hashes(toys, cache, other_cache, base, tmp_path):
+    ours, other = (
+        json.loads((c / "manifest.json").read_text())["tokenizer_hash"] for c in (cache, other_cache)
+    )
+    assert ours != other
+    out = tmp_path / "run"
+    given = train(toys, "--data", cache, "--tokenizer", other_cache, "--out", out)
+    refused(given, "another tokenizer", ours, other)
+    finetuned = hmar(
+        "finetune-masked", base, "--recipe", toys / "toy-masked.toml", "--data", other_cache, "--out", out
+    )
+    refused(finetuned, "another tokenizer", ours, other)
+    shutil.copytree(base, out)
+    refused(train(toys, "--data", other_cache, "--out", out, "--resume"), "another tokenizer", ours, other)
+    swapped = tmp_path / "swapped"
+    shutil.copytree(cache, swapped)
+    shutil.rmtree(swapped / "tokenizer")
+    shutil.copytree(other_cache / "tokenizer", swapped / "tokenizer")
+    refused(train(toys, "--data", swapped, "--out", tmp_path / "b"), "another tokenizer", ours, other)
+
+
+def test_a_cache_that_does_not_fit_the_recipe_is_refused(toys, cache, tmp_path):
+    other = ("--set", "tokenizer.scales=[1,3,4]")
+    refused(train(toys, "--data", cache, "--out", tmp_path / "a", *other), "[1, 2, 4]", "[1, 3, 4]")
+    codes = ("--set", "tokenizer.vocab_size=64")
+    refused(train(toys, "--data", cache, "--out", tmp_path / "a", *codes), "32 codes", "64")
+
+
+def test_a_resumed_run_keeps_its_settings(toys, cache, base, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(base, out)
+    changed = ("--set", "model.depth=3", "--set", "train.accumulate=1", "--resume")
+    result = train(toys, "--data", cache, "--out", out, *changed)
+    refused(result, "model.depth: 2 in the run, 3 now", "train.accumulate: 2 in the run, 1 now")
+    longer = hmar("train", "--out", out, "--resume", "--set", "train.steps=3", "--device", "cpu")
+    assert longer.exit_code == 0, longer.output  # recipe and cache are the run's own
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [1, 2, 3]
+    assert open_checkpoint(out).step == 3
+
+
+def test_an_imported_checkpoint_cannot_be_resumed(toys, cache, base, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(base, out)
+    shutil.rmtree(step_folder(out, 2) / "training")
+    result = train(toys, "--data", cache, "--out", out, "--resume")
+    refused(result, "without the state of the optimizer", "--init")
+
+
+def test_init_carries_class_embeddings_by_name(toys, cache, base, tmp_path):
+    names = list(open_checkpoint(base).class_names)
+    names = [names[2], "unicorn", *names[:2], *names[3:]]
+    mixed = make_cache(tmp_path / "mixed", load_recipe(str(toys / "toy.toml")), 0, tuple(names))
+    still = (
+        "--set",
+        "optim.base_lr=1e-12",
+        "--set",
+        "optim.weight_decay=0",
+        "--set",
+        "optim.weight_decay_end=0",
+    )
+    result = train(toys, "--data", mixed, "--out", tmp_path / "run", "--init", base, *still)
+    assert result.exit_code == 0, result.output
+    assert f"{len(names) - 1} of {len(names)} classes found by name" in result.stderr
+    old, new = (open_checkpoint(path).load("ema") for path in (base, tmp_path / "run"))
+    key = "class_embed.weight"
+    assert open_checkpoint(tmp_path / "run").class_names == tuple(names)
+    torch.testing.assert_close(new[key][0], old[key][2])
+    torch.testing.assert_close(new[key][2:4], old[key][:2])
+    torch.testing.assert_close(new[key][-1], old[key][-1])
+    torch.testing.assert_close(new["word_embed.weight"], old["word_embed.weight"])
+    assert (new[key][1] - old[key][2]).abs().max() > 1e-3
+
+
+def test_init_with_another_model_is_refused(toys, cache, base, tmp_path):
+    result = train(toys, "--data", cache, "--out", tmp_path / "r", "--init", base, "--set", "model.depth=3")
+    refused(result, "don't fit")
+    refused(train(toys, "--data", cache, "--out", tmp_path / "r", "--init", cache / "tokenizer"), "msvq")
+
+
+def test_masked_finetuning_trains_its_branch_alone(toys, cache, base, tmp_path):
+    out = tmp_path / "masked"
+    result = hmar(
+        "finetune-masked", base, "--recipe", toys / "toy-masked.toml", "--data", cache, "--out", out,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    before, after = open_checkpoint(base).load(), open_checkpoint(out).load("model")
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    branch = {name for name in after if name.startswith("masked.")}
+    assert branch == set(after) - set(before)
+    changed = [
+        name for name in branch
+        if name.replace("masked.blocks.0", "blocks.1").removeprefix("masked.") in before
+        and not torch.equal(after[name], before[name.replace("masked.blocks.0", "blocks.1").removeprefix("masked.")])
+    ]  # fmt: skip
+    assert len(changed) > 8
+    model, _, checkpoint = load_model(out)
+    assert model.masked is not None and checkpoint.recipe.objective.kind == "masked"
+    moments = checkpoint.training()[0]
+    assert all("model.masked." in name for name in moments if name.startswith("optimizer."))
+    again = hmar("finetune-masked", out, "--recipe", toys / "toy-masked.toml", "--data", cache, "--dry-run")
+    assert again.exit_code == 0, again.output  # a merged model is a base, too
+
+
+def test_masked_finetuning_refuses_other_bases(toys, cache, base, tmp_path):
+    masked = (
+        "--recipe",
+        toys / "toy-masked.toml",
+        "--data",
+        cache,
+        "--out",
+        tmp_path / "m",
+        "--device",
+        "cpu",
+    )
+    refused(hmar("finetune-masked", cache / "tokenizer", *masked), "not a next-scale model")
+    other = hmar("finetune-masked", base, *masked, "--set", "model.width=64")
+    refused(other, "another model", "model.width: 64 in the recipe, 32")
+    refused(hmar("finetune-masked", base, "--data", cache), "no recipe named 'toy-masked'")
+    wrong = hmar("finetune-masked", base, "--recipe", toys / "toy.toml", "--data", cache)
+    refused(wrong, "does not finetune", "hmar train")
+    refused(
+        hmar("train", "--recipe", toys / "toy-masked.toml"), "finetunes a trained model", "finetune-masked"
+    )
+    var = tmp_path / "var"
+    result = train(toys, "--data", cache, "--out", var, "--set", "model.pattern=causal")
+    assert result.exit_code == 0, result.output
+    refused(hmar("finetune-masked", var, *masked), "model.pattern")
+
+
+def test_finetuning_keeps_the_licence_of_its_base(toys, cache, base, tmp_path):
+    found = open_checkpoint(base)
+    save_checkpoint(
+        tmp_path / "licensed",
+        recipe=found.recipe,
+        weights={"model": found.load()},
+        class_names=found.class_names,
+        step=0,
+        tokenizer=found.tokenizer,
+        tokenizer_hash=found.tokenizer_hash,
+        licence="non-commercial",
+    )
+    masked = ("--recipe", toys / "toy-masked.toml", "--data", cache, "--device", "cpu")
+    assert hmar("finetune-masked", tmp_path / "licensed", *masked, "--out", tmp_path / "m").exit_code == 0
+    assert open_checkpoint(tmp_path / "m").licence == "non-commercial"
+    assert train(toys, "--data", cache, "--init", tmp_path / "m", "--out", tmp_path / "i").exit_code == 0
+    assert open_checkpoint(tmp_path / "i").licence == "non-commercial"
+
+
+def test_a_tokenizer_is_trained_and_resumed_exactly(toys, tmp_path):
+    recipe = ("--recipe", toys / "toy-msvq.toml", "--device", "cpu")
+    whole = hmar("train", *recipe, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    assert "hmar tokenize" in whole.stderr
+    found = open_checkpoint(tmp_path / "whole")
+    assert found.kind == "msvq" and load_tokenizer(tmp_path / "whole").fingerprint() == found.tokenizer_hash
+    assert (tmp_path / "whole" / "samples" / "step-00000004.png").is_file()
+    row = read_rows(tmp_path / "whole" / "metrics.jsonl")[-1]
+    assert len(row["usage"]) == 3 and row["psnr"] > 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(step_folder(tmp_path / "parts", 4))
+    resumed = hmar("train", *recipe, "--out", tmp_path / "parts", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    for name in ("model.safetensors", "ema.safetensors", "training/optimizer.safetensors"):
+        one, two = (step_folder(tmp_path / run, 4) / name for run in ("whole", "parts"))
+        assert one.read_bytes() == two.read_bytes(), name
+    refused(hmar("train", *recipe, "--tokenizer", tmp_path / "whole"), "--init")
+    started = hmar("train", *recipe, "--init", tmp_path / "whole", "--out", tmp_path / "more", *SHORT)
+    assert started.exit_code == 0, started.output
+
+
+@pytest.mark.parametrize("command", ["train", "finetune-masked"])
+def test_help_has_examples(command):
+    result = hmar(command, "--help")
+    assert result.exit_code == 0
+    assert f"hmar {command}" in result.stdout and "Examples" in result.stdout
