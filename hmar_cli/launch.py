@@ -60,7 +60,7 @@ def _launch(processes: int, on_cpu: bool, command: list[str]) -> int:
 
             os.environ["ACCELERATE_USE_CPU"] = "true"
             flags = ["--standalone", "--nproc-per-node", str(processes)]
-            run(parse_args([*flags, *command]))  # type: ignore[no-untyped-call]
+            run(parse_args([*flags, *command]))
         else:
             from accelerate.commands.launch import launch_command, launch_command_parser
 

@@ -1,109 +1,14 @@
 """A tiny cache of tokens, its tokenizer and recipes for it: everything that a real run needs, in seconds."""
 
-import os
-import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from hmar_cli.builders import build_tokenizer
-from hmar_cli.checkpoints.store import save_checkpoint
-from hmar_cli.data.cache import CacheSettings, CacheWriter
-from hmar_cli.data.sources import open_source
-from hmar_cli.data.transforms import to_tensor
-from hmar_cli.recipe import MsvqObjective, Recipe, load_recipe
+from hmar_cli.recipe import Recipe, load_recipe
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(Path(__file__).parent))  # for toys.py
-IMAGES = 30
-
-RECIPE = """
-name = "toy"
-[data]
-size = 8
-mirror = true
-[tokenizer]
-channels = 32
-multipliers = [1, 1]
-res_blocks = 1
-z_channels = 8
-vocab_size = 32
-scales = [1, 2, 4]
-phi_count = 2
-[model]
-pattern = "diagonal"
-depth = 2
-width = 32
-heads = 2
-drop_path = 0.2
-gamma_init = 0.1
-[objective]
-kind = "next-scale"
-label_drop = 0.2
-[optim]
-base_lr = 0.1
-schedule = "lin0"
-weight_decay_end = 0.1
-warmup = 0.2
-[train]
-batch_size = 8
-accumulate = 2
-steps = 20
-ema = 0.9
-log_every = 1
-save_every = 10
-sample_every = 10
-keep = 2
-[sample]
-top_k = 8
-"""
-
-MASKED = """
-extends = "./toy.toml"
-name = "toy-masked"
-[objective]
-kind = "masked"
-layers = 1
-[train]
-steps = 4
-save_every = 4
-sample_every = 4
-[sample]
-schedule = [[1], [1, 3], [16]]
-"""
-
-TOKENIZER = """
-name = "toy-msvq"
-[data]
-source = "builtin:shapes?count=16"
-size = 8
-[tokenizer]
-channels = 32
-multipliers = [1, 1]
-res_blocks = 1
-z_channels = 8
-vocab_size = 32
-scales = [1, 2, 4]
-phi_count = 2
-[objective]
-kind = "msvq"
-perceptual = "none"
-revive_after = 2
-[optim]
-base_lr = 0.01
-[train]
-batch_size = 8
-accumulate = 2
-steps = 4
-ema = 0.9
-log_every = 1
-save_every = 2
-sample_every = 4
-"""
+sys.path.insert(0, str(Path(__file__).parent))  # for toys.py and toy_runs.py
+from toy_runs import MASKED, RECIPE, TOKENIZER, make_cache
 
 
 @pytest.fixture(scope="session")
@@ -120,44 +25,6 @@ def toy(toys: Path) -> Recipe:
     return load_recipe(str(toys / "toy.toml"))
 
 
-def make_cache(folder: Path, recipe: Recipe, seed: int, class_names: tuple[str, ...] = ()) -> Path:
-    """A cache of drawn shapes, encoded by a random tokenizer."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(recipe.tokenizer).eval()
-    source = open_source(f"builtin:shapes?count={IMAGES}", size=recipe.data.size)
-    settings = CacheSettings(
-        source=source.name,
-        length=IMAGES,
-        class_names=class_names or source.class_names,
-        tokenizer_hash=tokenizer.fingerprint(),
-        scales=recipe.scales.sides(),
-        vocab_size=recipe.tokenizer.vocab_size,
-        size=(8, 8),
-        crop="adm",
-        mirror=True,
-        shard_size=16,
-    )
-
-    def encode(pixels: np.ndarray) -> dict[str, np.ndarray]:
-        with torch.no_grad():
-            return {"tokens": tokenizer.encode(to_tensor(pixels)).numpy().astype(np.uint16)}
-
-    writer = CacheWriter(folder, source, settings, encode)
-    writer.begin()
-    writer.run()
-    writer.finish()
-    save_checkpoint(
-        folder / "tokenizer",
-        recipe=replace(recipe, name="toy-msvq", model=None, objective=MsvqObjective()),
-        weights={"model": tokenizer.state_dict()},
-        class_names=settings.class_names,
-        step=0,
-        tokenizer=None,
-        tokenizer_hash=settings.tokenizer_hash,
-    )
-    return folder
-
-
 @pytest.fixture(scope="session")
 def cache(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_cache(tmp_path_factory.mktemp("caches") / "toy", load_recipe(str(toys / "toy.toml")), 0)
@@ -167,13 +34,3 @@ def cache(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_cache(toys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images by another tokenizer."""
     return make_cache(tmp_path_factory.mktemp("caches") / "other", load_recipe(str(toys / "toy.toml")), 1)
-
-
-def run_python(
-    *arguments: str | Path, timeout: float = 120, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run Python in a process of its own, as a user would, on one thread."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / ".typing"), env.get("PYTHONPATH", "")])
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=ROOT)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_cache
+from toy_runs import make_cache
 from typer.testing import CliRunner
 
 from hmar_cli.app import app

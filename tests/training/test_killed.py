@@ -4,7 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from toy_runs import run_python
 
 from hmar_cli.checkpoints.store import list_steps
 from hmar_cli.training.logging import read_rows

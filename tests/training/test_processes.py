@@ -1,7 +1,7 @@
 """Several processes on the CPU, started as a user starts them."""
 
 import pytest
-from conftest import run_python
+from toy_runs import run_python
 
 from hmar_cli.launch import delegate, without_launch
 from hmar_cli.training.logging import read_rows

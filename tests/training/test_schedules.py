@@ -1,6 +1,7 @@
 import json
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_ends_at_the_end_ratio(kind):
     factors = [learning_rate_factor(settings, step, 200) for step in range(200)]
     assert factors[-1] == pytest.approx(0.05)
     assert max(factors) <= 1 + 1e-12
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(factors[20:], factors[21:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(factors[20:]))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

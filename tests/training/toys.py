@@ -33,11 +33,9 @@ class Toy(Objective):
         error = (out - x.sin()[:, :2]).square().mean(dim=1, keepdim=True)
         loss = error.mean() + (self.critic(self.frozen(out.detach())) - error.detach()).square().mean()
         self.calls += 1
-        if len(self.steps) == self.poison:
-            if self.where == "loss":
-                loss = loss * float("nan")
-            else:  # a finite loss whose gradient is not
-                loss = loss + (self.model[0].weight.sum() * 0).sqrt()
+        if len(self.steps) == self.poison:  # a loss that is not finite, or a finite one whose gradient is not
+            root = (self.model[0].weight.sum() * 0).sqrt()
+            loss = loss * float("nan") if self.where == "loss" else loss + root
         return loss, {"per_scale": out.detach().mean(dim=0), "progress": torch.tensor(progress)}
 
     def on_step(self, step: int) -> None:
