@@ -87,14 +87,11 @@ def build_objective(
     return MaskedTraining(model, tokenizer.quantizer, label_drop=settings.label_drop)
 
 
-def load_tokenizer(path: str | Path) -> MultiScaleVQ:
-    """Load a tokenizer from its checkpoint or run folder, or the one carried by a cache or a model's checkpoint.
-
-    Returns:
-        The tokenizer on the CPU, in evaluation mode.
+def find_tokenizer(path: str | Path) -> Checkpoint:
+    """Open a tokenizer's checkpoint: in its own folder or run folder, a cache, or a model's checkpoint.
 
     Raises:
-        UserError: nothing of the sort lies there, or its weights don't fit.
+        UserError: nothing of the sort lies there.
     """
     folder = Path(path)
     if (folder / "manifest.json").is_file():
@@ -104,6 +101,19 @@ def load_tokenizer(path: str | Path) -> MultiScaleVQ:
         if checkpoint.tokenizer is None:
             raise UserError(f"{folder} holds a model without its tokenizer", "pass a tokenizer's checkpoint")
         checkpoint = open_checkpoint(checkpoint.tokenizer)
+    return checkpoint
+
+
+def load_tokenizer(path: str | Path) -> MultiScaleVQ:
+    """Load a tokenizer from its checkpoint or run folder, or the one carried by a cache or a model's checkpoint.
+
+    Returns:
+        The tokenizer on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: nothing of the sort lies there, or its weights don't fit.
+    """
+    checkpoint = find_tokenizer(path)
     tokenizer = build_tokenizer(checkpoint.recipe.tokenizer)
     load_weights(tokenizer, checkpoint.load(), checkpoint.folder)
     return tokenizer.eval()

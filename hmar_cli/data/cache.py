@@ -194,8 +194,16 @@ class CacheWriter:
 
     def done(self, rank: int = 0, world: int = 1) -> int:
         """Count the images whose shards are complete."""
-        numbers = itertools.takewhile(lambda n: self._name(n).exists(), itertools.count(rank, world))
-        return sum(_read_json(self._name(number))["read"] for number in numbers)
+        found = sorted((self.out / "shards").glob("shard-*.json"))
+        mine = [path for path in found if int(path.stem.removeprefix("shard-")) % world == rank]
+        return sum(_read_json(path)["read"] for path in mine)
+
+    def share(self, rank: int = 0, world: int = 1) -> int | None:
+        """Count the images that are one process's work; None for a stream."""
+        if self.settings.length is None:
+            return None
+        shards = range(rank, -(-self.settings.length // self.settings.shard_size), world)
+        return sum(stop - start for start, stop in map(self._range, shards))
 
     def finish(self) -> Manifest:
         """Write the manifest; for one process, after all shards are made.
@@ -359,7 +367,7 @@ class TokenCache:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        sizes = _expected_files(path, manifest)
+        sizes = _files(path, manifest)
         for file, about in sizes.items():
             if not file.is_file():
                 raise _corrupt(file, "is missing")
@@ -379,10 +387,14 @@ class TokenCache:
         """Folder of the tokenizer that made the cache."""
         return self.path / "tokenizer"
 
+    def files(self) -> dict[Path, Mapping[str, Any]]:
+        """The files of all shards, each with its size and checksum."""
+        return _files(self.path, self.manifest)
+
     @property
     def size(self) -> int:
         """Bytes on disk, without the tokenizer."""
-        return sum(about["bytes"] for about in _expected_files(self.path, self.manifest).values())
+        return sum(about["bytes"] for about in self.files().values())
 
     @cached_property
     def _captions(self) -> list[str]:
@@ -449,7 +461,7 @@ class TokenCache:
         Raises:
             UserError: naming a file that changed.
         """
-        files = _expected_files(self.path, self.manifest)
+        files = self.files()
         with ThreadPoolExecutor(4) as pool:
             for (file, about), digest in zip(files.items(), pool.map(file_sha256, files), strict=True):
                 if digest != about["sha256"]:
@@ -590,7 +602,7 @@ def _summary(settings: CacheSettings, records: Sequence[Mapping[str, Any]]) -> M
     )
 
 
-def _expected_files(path: Path, manifest: Manifest) -> dict[Path, Mapping[str, Any]]:
+def _files(path: Path, manifest: Manifest) -> dict[Path, Mapping[str, Any]]:
     return {
         path / "shards" / name: about for shard in manifest.shards for name, about in shard["files"].items()
     }

@@ -354,7 +354,7 @@ def test_verify_sample_sees_another_encoder(tmp_path: Path) -> None:
     images, equal = cache.verify_sample(
         shapes(), lambda p: {"tokens": encode(p)["tokens"] + (np.arange(6) < 3)}
     )
-    assert (images, equal) == (3 * 3 + 2, 0.5) or equal == 0.5
+    assert images > 0 and equal == 0.5
     with pytest.raises(UserError, match="fewer images"):
         cache.verify_sample(shapes(10), encode, batches=99)
     other = open_source("builtin:shapes?count=20&seed=1", size=12)
