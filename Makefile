@@ -23,7 +23,8 @@ $(READY): pyproject.toml
 demo: $(READY)
 	rm -rf demo/run demo/next-scale demo/refined
 	$(HMAR) train --recipe msvq-tiny --out demo/run/tokenizer
-	$(HMAR) tokenize builtin:shapes --recipe msvq-tiny --tokenizer demo/run/tokenizer --out demo/run/cache
+	$(HMAR) tokenize builtin:shapes --recipe msvq-tiny --tokenizer demo/run/tokenizer --limit 4000 \
+	  --out demo/run/cache
 	$(HMAR) train --recipe hmar-tiny --data demo/run/cache --out demo/run/hmar
 	$(HMAR) finetune-masked demo/run/hmar --recipe hmar-tiny-masked --data demo/run/cache --out demo/run/masked
 	$(HMAR) sample --checkpoint demo/run/masked --count 64 --schedule none --out demo/next-scale
