@@ -6,7 +6,7 @@ epoch are dropped. Crops, mirroring and views are random by (seed, epoch, index)
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from hmar_cli.console import console
 from hmar_cli.data.ahead import prefetch
 from hmar_cli.data.cache import TokenCache
-from hmar_cli.data.sources import ImageSource
+from hmar_cli.data.sources import Example, ImageSource
 from hmar_cli.data.transforms import Crop, Pixels, image_transform
 from hmar_cli.errors import UserError
 from hmar_cli.models.scales import Side
@@ -200,23 +200,29 @@ class _Pictures:
     def get(self, indices: Indices) -> list[tuple[Pixels, int]]:
         """Return the scaled pictures and labels of `indices`."""
         missing = [index for index in indices.tolist() if index not in self._kept]
-        fresh = dict(zip(missing, self._pool.map(self._decode, missing), strict=True))
-        for index, (picture, label) in fresh.items():
-            if picture.nbytes <= self._room:
-                self._room -= picture.nbytes
-                self._kept[index] = (picture, label)
+        fresh = dict(zip(missing, self._pool.map(self._scaled, self.source.pick(missing)), strict=True))
+        for index, picture in fresh.items():
+            if picture[0].nbytes <= self._room:
+                self._room -= picture[0].nbytes
+                self._kept[index] = picture
         return [fresh.get(index) or self._kept[index] for index in indices.tolist()]
 
-    def _decode(self, index: int) -> tuple[Pixels, int]:
-        for place in itertools.chain(range(index, self.count), range(index)):
-            example = self.source[place]
+    def _scaled(self, decode: Callable[[], Example]) -> tuple[Pixels, int]:
+        """Decode an image and scale it; where it cannot be used, the next one that can."""
+        example = decode()
+        start = example.index
+        for place in itertools.chain(range(start + 1, self.count), range(start + 1)):
             if example.image is not None:
                 return self.transform.resized(example.image), example.label
-            if not self._warned:
-                self._warned = True
-                console.print(
-                    f"[yellow]warning:[/] image {place} of {self.source.name} cannot be used, so the next "
-                    f"takes its place; others are replaced without a word ({example.error})",
-                    highlight=False,
-                )
+            self._warn(example)
+            example = self.source[place]
         raise UserError(f"no image of {self.source.name} could be used")
+
+    def _warn(self, example: Example) -> None:
+        if not self._warned:
+            self._warned = True
+            console.print(
+                f"[yellow]warning:[/] image {example.index} of {self.source.name} cannot be used, so the next "
+                f"one takes its place; others are replaced without a word ({example.error})",
+                highlight=False,
+            )

@@ -18,6 +18,7 @@ each crop a mirrored copy: view = crop * (1 + mirror) + mirrored.
 import hashlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -155,7 +156,7 @@ class CacheWriter:
 
     def check(self) -> None:
         """Compare the settings with those of a cache that is there already."""
-        if not self.out.exists() or not any(self.out.iterdir()):
+        if not self.out.exists() or all(path.name.startswith(".") for path in self.out.iterdir()):
             return
         before = _read_json(self.out / "settings.json") if (self.out / "settings.json").exists() else None
         if not isinstance(before, dict):
@@ -174,8 +175,8 @@ class CacheWriter:
     def begin(self) -> None:
         """Write the settings and clear what a killed run left half-written; for one process, before `run`."""
         write_json(self.out / "settings.json", _plain(self.settings))
-        for leftover in (self.out / "shards").glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for leftover in [*self.out.glob(".*.tmp"), *(self.out / "shards").glob(".*.tmp")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def run(self, rank: int = 0, world: int = 1) -> int:
         """Make the shards of one process, every `world`-th from `rank` on; returns the images encoded now."""

@@ -152,6 +152,8 @@ def encode_source(
     state.wait_for_everyone()
     started = time.perf_counter()
     fresh = sum(gather_object([_run(writer, state)]))  # waits for all
+    if state.num_processes > 1:
+        state.destroy_process_group()
     if not state.is_main_process:
         return None
     seconds = time.perf_counter() - started

@@ -90,6 +90,18 @@ class ImageSource(ABC):
         for decode in self.deferred(start, stop):
             yield decode()
 
+    def pick(self, indices: Sequence[int]) -> Iterator[Callable[[], Example]]:
+        """Yield for each of some images a function that decodes it, to be called in any thread.
+
+        Raises:
+            UserError: the source is a stream.
+        """
+        count = len(self)
+        for index in indices:
+            if not 0 <= index < count:
+                raise IndexError(f"expected an index below {count}, got {index}")
+            yield from self.deferred(index, index + 1)
+
     def __len__(self) -> int:
         if self.length is None or not self.random_access:
             raise UserError(
@@ -99,9 +111,7 @@ class ImageSource(ABC):
         return self.length
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"expected an index below {len(self)}, got {index}")
-        return next(self.read(index, index + 1))
+        return next(self.pick([index]))()
 
 
 class ShapesSource(ImageSource):
@@ -184,11 +194,17 @@ class TableSource(ImageSource):
         for index, row in enumerate(rows, start):
             yield partial(self._example, index, row)
 
+    def pick(self, indices: Sequence[int]) -> Iterator[Callable[[], Example]]:
+        """Yield functions that decode some images, whose rows are fetched together."""
+        if indices and not 0 <= min(indices) <= max(indices) < len(self):
+            raise IndexError(f"expected indices below {len(self)}, got {min(indices)}..{max(indices)}")
+        for index, row in zip(indices, _rows(self._data[list(indices)]), strict=True):
+            yield partial(self._example, index, row)
+
     def _table_rows(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         stop = min(stop, len(self))
         for first in range(start, stop, READ_ROWS):
-            block = self._data[first : min(first + READ_ROWS, stop)]
-            yield from (dict(zip(block, values, strict=True)) for values in zip(*block.values(), strict=True))
+            yield from _rows(self._data[first : min(first + READ_ROWS, stop)])
 
     def _stream_rows(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """Go on where the last reading ended, skipping rows undecoded; go back to the start only if asked."""
@@ -270,13 +286,13 @@ def decode_image(value: Any) -> Image.Image:
         value = _datasets().Image().decode_example({"path": value, "bytes": None})
     image = value if isinstance(value, Image.Image) else Image.open(_readable(value))
     image.load()
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # 16 bits: PIL would clip them
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _readable(value: Any) -> Any:
@@ -407,6 +423,11 @@ def _image_folder_arguments(spec: str, folder: Path, options: Mapping[str, str])
     labels = {} if described else {"drop_labels": not classes}
     pattern = glob.escape(str(folder.resolve())) + "/**"
     return {"path": "imagefolder", "data_files": {_split_name(split): pattern}, "split": split, **labels}
+
+
+def _rows(block: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a block of columns."""
+    return (dict(zip(block, values, strict=True)) for values in zip(*block.values(), strict=True))
 
 
 def _field(row: Mapping[str, Any], name: str | None) -> Any:

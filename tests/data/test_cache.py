@@ -215,6 +215,38 @@ def test_stream(
     assert cache.verify_sample(source, encode, batches=9) == (count, 1.0)
 
 
+@pytest.mark.parametrize("shard_size", [1, 2, 3, 6, 7])
+def test_stream_in_two_processes(tmp_path: Path, make_parquet: Callable[..., Path], shard_size: int) -> None:
+    path = make_parquet(label=[0, 1, 1, 0, 1, 0])
+    writers = []
+    for rank in (0, 1):
+        source = open_source(f"{path}?streaming=true&classes=2")
+        settings = settings_for(source, shard_size=shard_size)
+        writers.append(CacheWriter(tmp_path / "c", source, settings, encode))
+        writers[0].begin()
+        writers[rank].run(rank, 2)
+    writers[0].finish()
+    cache = TokenCache.open(tmp_path / "c")
+    np.testing.assert_array_equal(cache.index, np.arange(6))
+    np.testing.assert_array_equal(cache.labels, [0, 1, 1, 0, 1, 0])
+
+
+def test_killed_before_anything_was_written(tmp_path: Path) -> None:
+    (tmp_path / "c/.tokenizer.7.tmp").mkdir(parents=True)
+    (tmp_path / "c/.settings.json.7.tmp").write_text("{")
+    assert set(contents(write(tmp_path / "c").path)) == set(contents(write(tmp_path / "d").path))
+
+
+def test_missing_shard_of_a_table_is_an_error(tmp_path: Path) -> None:
+    source = shapes()
+    writer = CacheWriter(tmp_path / "c", source, settings_for(source), encode)
+    writer.begin()
+    writer.run(0, 2)
+    with pytest.raises(UserError, match=r"shard-00001\.json is missing"):
+        writer.finish()
+    assert writer.share(0, 2) == 12 and writer.share(1, 2) == 8
+
+
 def test_finished_cache_is_not_made_again(tmp_path: Path) -> None:
     cache = write(tmp_path / "c")
     before = contents(cache.path)

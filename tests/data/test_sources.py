@@ -67,8 +67,11 @@ def test_parquet_with_class_names_and_captions(make_parquet: Parquet) -> None:
     found = [(e.index, number_of(e.image), e.label, e.caption) for e in source.read(2, 5)]
     assert found == [(2, 2, 1, "picture 2"), (3, 3, 0, "picture 3"), (4, 4, 1, "picture 4")]
     assert source[5].label == 0
-    with pytest.raises(IndexError):
-        source[6]
+    picked = [decode() for decode in source.pick([4, 0, 5])]
+    assert [(e.index, number_of(e.image), e.label) for e in picked] == [(4, 4, 1), (0, 0, 0), (5, 5, 0)]
+    for index in (6, -1):
+        with pytest.raises(IndexError):
+            source[index]
 
 
 def test_string_labels_become_sorted_classes_and_missing_ones_are_reported(make_parquet: Parquet) -> None:
