@@ -60,7 +60,7 @@ class Data:
     crop: Literal["adm", "var"] = "adm"  # centre crop of ADM, or resize to 1.125 x and crop as VAR
     crops: Count = 1  # cached crops of each image; the first is central, the others random ("var" only)
     mirror: bool = True  # cache, or train on, mirrored copies too
-    workers: Whole = 2  # processes that decode images
+    workers: Whole = 2  # threads that decode images
 
 
 @dataclass(frozen=True, kw_only=True)

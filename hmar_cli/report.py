@@ -67,7 +67,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, ta
     from matplotlib.figure import Figure
 
     per_scale = f"{metric}_per_scale"
-    found = {name: [row for row in rows if metric in row or per_scale in row] for name, rows in runs.items()}
+    found = {name: [row for row in rows if metric in row] for name, rows in runs.items()}
     count = max((len(row.get(per_scale, ())) for rows in found.values() for row in rows), default=-1)
     if count < 0:
         raise ValueError(f"expected runs with the metric {metric!r}")
@@ -76,8 +76,8 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, ta
     for place in range(1 + count):
         axes = figure.add_subplot(math.ceil((1 + count) / columns), columns, place + 1)
         for name, rows in found.items():
-            drawn = [row for row in rows if place == 0 or len(row.get(per_scale, ())) >= place]
-            values = [row.get(metric) if place == 0 else row[per_scale][place - 1] for row in drawn]
+            drawn = [row for row in rows if metric in row and len(row.get(per_scale, ())) >= place]
+            values = [float(row[metric] if place == 0 else row[per_scale][place - 1]) for row in drawn]
             axes.plot([row["step"] for row in drawn], values, label=name, linewidth=1.2)
         axes.set_title(metric.replace("_", " ") if place == 0 else f"scale {place} of {count}", fontsize=9)
         axes.tick_params(labelsize=7)

@@ -29,7 +29,9 @@ def register(app: typer.Typer) -> None:
 
 def curves(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
-    metric: Annotated[str, typer.Option(help="Name in metrics.jsonl, such as accuracy or psnr.")] = "accuracy",
+    metric: Annotated[
+        str, typer.Option(help="Name in metrics.jsonl, such as accuracy or psnr.")
+    ] = "accuracy",
     out: Annotated[Path, typer.Option(help="PNG file.")] = Path("curves.png"),
     as_json: Annotated[bool, typer.Option("--json", help="Print each run's last row as JSON.")] = False,
 ) -> None:

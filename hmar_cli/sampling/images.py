@@ -117,7 +117,7 @@ def draw_images(
     """
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     place = torch.device(device) if device and state.num_processes == 1 else state.device
     autocast(place, job.precision)  # a wrong name fails here, before anything is written
     out.mkdir(parents=True, exist_ok=True)

@@ -51,9 +51,10 @@ class CodeUsage:
             self.hits[k, quantized.tokens[:, self.scales.slice(k)].flatten()] = 1
         self.vectors, self.distances = quantized.vectors.flatten(0, 1), quantized.distances.flatten()
 
-    def share(self) -> Tensor:
-        """Share of the codes that each scale used in the last `window` steps, [K]."""
-        return (self.age < self.window).float().mean(dim=1)
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """Share of the codes used in the last `window` steps, by any scale and by each one [K]."""
+        used = self.age < self.window
+        return used.any(dim=0).float().mean(), used.float().mean(dim=1)
 
     def step(self) -> None:
         """End an optimizer step."""
@@ -88,8 +89,8 @@ class CodeUsage:
 class MsvqTraining(Objective):
     """Reconstruction, perceptual, adversarial and quantization terms (VAR, section 3.2; VQGAN, section 3.1).
 
-    Reported: `loss`, `reconstruction` (l1 and l2 terms), `perceptual`, `quantization`, `psnr`, `usage` (K
-    numbers: the share of codes that each scale used lately), and with a discriminator `adversarial` and
+    Reported: `loss`, `reconstruction` (l1 and l2 terms), `perceptual`, `quantization`, `psnr`, `usage` (the
+    share of codes used lately), `usage_per_scale` (K numbers), and with a discriminator `adversarial` and
     `discriminator`.
 
     Args:
@@ -132,7 +133,8 @@ class MsvqTraining(Objective):
         self.networks = {"model": model}
         self.discriminator: nn.Module | None = None
         if adversarial_weight:
-            halvings = 3 if min(model.image_size) >= 128 else 2
+            side = min(model.image_size)
+            halvings = 3 if side >= 128 else 2 if side >= 16 else 1
             self.discriminator = PatchDiscriminator(discriminator_channels, halvings)
             self.networks["discriminator"] = self.discriminator
         idle_phis = len(set(model.quantizer.phi_index)) < len(model.quantizer.phis)
@@ -160,7 +162,7 @@ class MsvqTraining(Objective):
             self.usage.count(quantized)
         metrics = {name: term.detach().float() for name, term in {"loss": loss, **terms}.items()}
         metrics["psnr"] = psnr(images, pictures.detach()).mean()
-        metrics["usage"] = self.usage.share()
+        metrics["usage"], metrics["usage_per_scale"] = self.usage.shares()
         return loss, metrics
 
     def _adversarial(self, images: Tensor, pictures: Tensor, progress: float) -> tuple[Tensor, Tensor]:
@@ -209,8 +211,8 @@ def evaluate_tokenizer(model: MultiScaleVQ, images: Iterable[Tensor]) -> dict[st
         images: batches [B, 3, H, W] on the model's device, uint8 or in [-1, 1].
 
     Returns:
-        `count`; `psnr` in decibels and `l1` (on [-1, 1]), each a mean over images; `usage_per_scale`, the share
-        of the V codes that occur at all, K numbers; `perplexity_per_scale`, the exponential of the entropy of
+        `count`; `psnr` in decibels and `l1` (on [-1, 1]), each a mean over images; `usage_per_scale`, the
+        share of the V codes that occur at all, K numbers; `perplexity_per_scale`, the exponential of the entropy of
         the codes, K numbers; `usage`, the share of codes that any scale uses.
 
     Raises:
