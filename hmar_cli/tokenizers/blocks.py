@@ -220,3 +220,21 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             x = level(x)  # doubled by all levels but up[0]
         return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+
+
+def initialise(*modules: nn.Module) -> None:
+    """Draw initial weights that keep the variance from layer to layer; residual branches start at zero.
+
+    Convolutions are normal with variance 1 / fan-in. With PyTorch's own initialisation, a third of that, the
+    layers between residual blocks shrink what passes, and training is several times slower.
+    """
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
+                nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+        for part in module.modules():
+            if isinstance(part, ResBlock):
+                nn.init.zeros_(part.conv2.weight)
+            elif isinstance(part, AttentionBlock):
+                nn.init.zeros_(part.proj_out.weight)
