@@ -598,9 +598,6 @@ def _tokenizer_problems(recipe: Recipe, scales: Scales) -> Iterator[str]:
             f"tokenizer.scales: the last, {_grid(scales.grid)}, times the stride {tokenizer.stride} of "
             f"tokenizer.multipliers is {_grid(covered)} pixels, but data.size is {_grid(pixels)}"
         )
-    widths = {tokenizer.channels * each for each in tokenizer.multipliers}
-    if uneven := sorted(width for width in widths if width % 32):
-        yield f"tokenizer.channels: {uneven[0]} channels of a level do not split into 32 groups"
 
 
 def _model_problems(model: NextScale) -> Iterator[str]:

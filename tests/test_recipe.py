@@ -256,7 +256,6 @@ def test_an_unknown_key_is_answered_by_the_nearest(override: str, suggestion: st
         ("hmar-d16", ["train.accumulate=5"], "768 is not divisible by train.accumulate, 5"),
         ("hmar-d16", ["data.crop=adm"], "data.crops: 10 crops of an image"),
         ("hmar-d16", ["tokenizer.vocab_size=65537"], "from 2 to 65536"),
-        ("hmar-d16", ["tokenizer.channels=100"], "100 channels of a level do not split into 32 groups"),
         ("hmar-d16", ["optim.schedule=linear"], "optim.schedule: expected lin, lin0"),
         ("hmar-d16", ["optim.schedule=lin0.0"], "optim.schedule: expected lin, lin0"),
         ("hmar-d16", ["optim.schedule=exp", "optim.end_ratio=0"], "never reaches 0"),
