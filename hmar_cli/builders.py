@@ -10,7 +10,9 @@ from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
 from hmar_cli.recipe import MaskedObjective, Msvq, MsvqObjective, NextScaleObjective, Recipe
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
+from hmar_cli.training.next_scale import MaskedTraining, NextScaleTraining
 from hmar_cli.training.objective import Objective
+from hmar_cli.training.tokenizer import MsvqTraining
 
 
 def build_tokenizer(settings: Msvq) -> MultiScaleVQ:
@@ -60,9 +62,6 @@ def build_objective(
     recipe: Recipe, tokenizer: MultiScaleVQ, model: NextScaleTransformer | None = None
 ) -> Objective:
     """Build the objective of a recipe around the networks that it trains or reads."""
-    from hmar_cli.tokenizers.objective import MsvqTraining
-    from hmar_cli.training.objectives import MaskedTraining, NextScaleTraining
-
     settings = recipe.objective
     if isinstance(settings, MsvqObjective):
         return MsvqTraining(

@@ -13,7 +13,7 @@ from hmar_cli.checkpoints.store import Checkpoint, open_checkpoint, save_checkpo
 from hmar_cli.errors import UserError
 from hmar_cli.recipe import Data, Msvq, NextScale, NextScaleObjective, Optim, Recipe, Train
 from hmar_cli.training.logging import read_rows
-from hmar_cli.training.objectives import MaskedTraining, NextScaleTraining
+from hmar_cli.training.next_scale import MaskedTraining, NextScaleTraining
 from hmar_cli.training.trainer import Outcome, Trainer, fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

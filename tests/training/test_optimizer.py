@@ -14,7 +14,7 @@ from hmar_cli.checkpoints.published import _transformer_key
 from hmar_cli.errors import UserError
 from hmar_cli.recipe import Optim
 from hmar_cli.training.ema import Ema
-from hmar_cli.training.objectives import MaskedTraining, NextScaleTraining
+from hmar_cli.training.next_scale import MaskedTraining, NextScaleTraining
 from hmar_cli.training.optimizer import Optimizer, parameter_groups, trainable_parameters
 
 GOLDEN = Path(os.environ.get("HMAR_GOLDEN") or Path(__file__).parents[1] / "fixtures" / "golden")

@@ -12,7 +12,7 @@ import torch
 
 from hmar_cli.models.scales import Scales
 from hmar_cli.tokenizers.msvq import MultiScaleVQ, Quantized
-from hmar_cli.tokenizers.objective import CodeUsage, MsvqTraining, evaluate_tokenizer, to_signed
+from hmar_cli.training.tokenizer import CodeUsage, MsvqTraining, evaluate_tokenizer, to_signed
 
 SCALES = Scales.of([1, 2, 4])
 
@@ -185,7 +185,7 @@ import torch
 from torch import distributed
 from hmar_cli.models.scales import Scales
 from hmar_cli.tokenizers.msvq import Quantized
-from hmar_cli.tokenizers.objective import CodeUsage
+from hmar_cli.training.tokenizer import CodeUsage
 
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
