@@ -61,16 +61,8 @@ def scale_attention(
     Raises:
         ValueError: shapes, lengths, pattern or implementation that don't fit.
     """
-    if (
-        k.shape != v.shape
-        or q.ndim != 4
-        or k.ndim != 4
-        or (*q.shape[:1], *q.shape[2:])
-        != (
-            *k.shape[:1],
-            *k.shape[2:],
-        )
-    ):
+    same = k.shape == v.shape and q.ndim == k.ndim == 4
+    if not same or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(
             f"expected q [B, N, H, D] and k, v [B, L, H, D], got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
         )

@@ -82,8 +82,7 @@ def settings_for(
 
 
 def token_encoder(tokenizer: "MultiScaleVQ", device: torch.device) -> Encode:
-    """Make the encoder of a tokenizer: images to {"tokens": (n, L)}, uint16 where the codebook allows."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    """Make the encoder of a tokenizer: images to {"tokens": (n, L) uint16}; recipes allow no larger codebook."""
     tokenizer = tokenizer.to(device).eval()
 
     @torch.inference_mode()
@@ -94,7 +93,7 @@ def token_encoder(tokenizer: "MultiScaleVQ", device: torch.device) -> Encode:
             raise UserError(
                 f"out of memory with {len(pixels)} images at once", f"--batch-size {max(len(pixels) // 2, 1)}"
             ) from error
-        return {"tokens": tokens.cpu().numpy().astype(dtype)}
+        return {"tokens": tokens.cpu().numpy().astype(np.uint16)}
 
     return encode
 
