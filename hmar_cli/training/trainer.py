@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -322,8 +323,8 @@ class Trainer:
             stream = self.stream(batches)
             stack.callback(stream.close)
             interrupt = stack.enter_context(Interrupt(self.world > 1))
-            clock, row = Clock(), Row()
-            while self.step < self.plan.steps and not interrupt.number:
+            clock, row, stop = Clock(), Row(), 0  # stop: a signal that all processes know of
+            while self.step < self.plan.steps and not stop:
                 self.train_step(stream)
                 clock.steps += 1
                 if bar is not None:
@@ -335,16 +336,16 @@ class Trainer:
                     if log is not None and bar is not None:
                         log.write(row)
                         bar.note(f"loss {row['loss']:.4f}")
-                        report(row, self.plan.steps)
+                        report(row, self.plan.steps, batch)
                 if due.log or self.world == 1 or self.device.type == "cpu":
-                    interrupt.number = self._agree(interrupt.number)
+                    stop = self._agree(interrupt.number)
                 with clock.paused():
-                    if due.save or interrupt.number:
+                    if due.save or stop:
                         self.save(out, save, never)
                     if preview is not None and due.sample:
                         self.show(out, preview, log)
         steps = list_steps(out)
-        return self.outcome(steps[-1] if steps else None, interrupt.number, row)
+        return self.outcome(steps[-1] if steps else None, stop, row)
 
     def due(self) -> "Due":
         """What is to be done after the current step; everything after the last."""
@@ -554,14 +555,15 @@ def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
     torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
-def report(row: Row, total: int) -> None:
-    """Print a row where no bar can be drawn, as in a log file."""
+def report(row: Row, total: int, batch: int) -> None:
+    """Print a row where no bar can be drawn, as in a log file; `total` is the run's steps of `batch` images."""
     if not console.is_terminal:
         accuracy = f" accuracy {row['accuracy']:.2%}" if "accuracy" in row else ""
         speed = row["images_per_second"]
+        left = timedelta(seconds=round((total - row["step"]) * batch / max(speed, 1e-9)))
         console.print(
             f"step {row['step']}/{total} epoch {row['epoch']:.2f} loss {row['loss']:.4f}{accuracy} "
-            f"{speed:,.0f} images/s",
+            f"{speed:,.0f} images/s ETA {left}",
             highlight=False,
         )
 

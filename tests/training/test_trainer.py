@@ -232,6 +232,21 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
     assert untimed(tmp_path) == untimed(tmp_path / "whole")
 
 
+def test_a_signal_counts_once_all_processes_agree(tmp_path, monkeypatch):
+    agree = Trainer._agree
+
+    def late(self, number):
+        agreed = agree(self, number)
+        if self.step == 2:  # too late for this agreement: to be kept for the next, not acted on alone
+            signal.raise_signal(signal.SIGTERM)
+        return agreed
+
+    monkeypatch.setattr(Trainer, "_agree", late)
+    _, outcome = run(tmp_path, toys.recipe(save_every=100))
+    assert (outcome.step, outcome.interrupted) == (3, signal.SIGTERM)
+    assert [path.name for path in list_steps(tmp_path)] == ["step-00000003"]
+
+
 def test_a_full_disk_leaves_older_checkpoints_whole(tmp_path, monkeypatch):
     recipe = toys.recipe()
     save, calls = saver(recipe), []
