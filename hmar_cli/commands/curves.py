@@ -43,12 +43,21 @@ def curves(
     missing = [run for run in runs if not (run / "metrics.jsonl").is_file()]
     if missing:
         raise UserError(f"no metrics.jsonl in {missing[0]}", "give the folders of training runs")
-    rows = {run.name: read_rows(run / "metrics.jsonl") for run in runs}
+    rows = {name: read_rows(run / "metrics.jsonl") for name, run in zip(names(runs), runs, strict=True)}
+    empty = [str(run) for run, measured in zip(runs, rows.values(), strict=True) if not measured]
+    if empty:
+        raise UserError(f"{empty[0]} has measured nothing yet", "train.log_every says after how many steps")
     try:
-        plot_curves(rows, metric, out)
+        plot_curves(rows, metric.removesuffix("_per_scale"), out)
     except ValueError as error:
         known = sorted({key.removesuffix("_per_scale") for r in rows.values() for row in r for key in row})
         raise UserError(f"no run measured {metric!r}", f"they have {', '.join(known)}") from error
     console.print(f"curves of {', '.join(rows)} in {out}")
     if as_json:
         print(json.dumps({name: measured[-1] for name, measured in rows.items()}, indent=2))
+
+
+def names(runs: list[Path]) -> list[str]:
+    """A name for each run: its folder's, or its path where folders of the same name are compared."""
+    short = [run.resolve().name for run in runs]
+    return [name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)]

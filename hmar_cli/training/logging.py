@@ -112,9 +112,16 @@ def flatten(row: Row) -> dict[str, float]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Rows of a metrics file; a last line that was cut off is left out."""
+    """Rows of a metrics file; a last line that was cut off is left out.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise UserError(f"{path} is broken: {error}", "expected one JSON object a line") from error
 
 
 def truncate_rows(path: Path, step: int) -> None:
