@@ -37,6 +37,10 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def compile_networks(self) -> None:
+        """Compile what `forward` calls; by default the network "model", called as a whole."""
+        self.networks["model"].compile()
+
     def undecayed(self, name: str, parameter: nn.Parameter) -> bool:
         """Tell whether a parameter gets no weight decay; by default biases and all that has one dimension.
 

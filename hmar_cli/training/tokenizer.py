@@ -175,6 +175,11 @@ class MsvqTraining(Objective):
         scores = self.discriminator(torch.cat([images, pictures.detach()]))  # [2B, 1, h, w]
         return generator, hinge_discriminator_loss(*scores.chunk(2))
 
+    def compile_networks(self) -> None:
+        """Compile the encoder and the decoder; the tokenizer is never called as a whole."""
+        self.model.encoder.compile()
+        self.model.decoder.compile()
+
     def undecayed(self, name: str, parameter: nn.Parameter) -> bool:
         """The codebook is not decayed, nor are biases and norms."""
         return "codebook" in name or super().undecayed(name, parameter)

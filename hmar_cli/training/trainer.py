@@ -222,7 +222,7 @@ class Trainer:
         self.means, self.norms = Means(), Means()
         self.recent: list[tuple[int, Tensor]] = []  # source indices of each step since the last log
         if recipe.train.compile:
-            self.model.compile()
+            objective.compile_networks()
         self.wrapped: nn.Module = objective
         if self.world > 1:
             self.wrapped = self.accelerator.prepare_model(objective, device_placement=False)

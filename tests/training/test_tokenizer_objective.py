@@ -179,6 +179,16 @@ def test_continuing_from_resume_state_is_exact():
     assert second.model.fingerprint() == whole.model.fingerprint()
 
 
+def test_compilation_reaches_what_training_calls(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **kwargs: lambda *args: calls.append(1) or call(*args))
+    objective, calls = MsvqTraining(tokenizer()), []
+    expected = objective(batch(), 0.0)[0]
+    objective.compile_networks()
+    assert calls == []
+    assert torch.equal(objective(batch(), 0.0)[0], expected)
+    assert calls == [1, 1]  # encoder and decoder
+
+
 WORKER = """
 import json, sys
 import torch
