@@ -29,11 +29,11 @@ from hmar_cli.data.transforms import image_transform, to_tensor
 from hmar_cli.errors import UserError
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
-from hmar_cli.recipe import MaskedObjective, MsvqObjective, NextScaleObjective, Recipe, to_dict
+from hmar_cli.recipe import MaskedObjective, MsvqObjective, NextScaleObjective, Recipe, flat, to_dict
 from hmar_cli.report import image_grid, to_uint8
 from hmar_cli.sampling.next_scale import Settings, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
-from hmar_cli.tokenizers.msvq import MultiScaleVQ
+from hmar_cli.tokenizers.msvq import MultiScaleVQ, fingerprint
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.trainer import Batches, Outcome, Preview, Weights, fit, rehearse
 
@@ -189,6 +189,10 @@ def model_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job
     if options.init and not start:
         origin = open_checkpoint(options.init)
         initialize(model, origin, tuple(cache.manifest.class_names))
+        if origin.tokenizer_hash not in ("", cache.manifest.tokenizer_hash):
+            raise other_tokenizer(
+                f"--init {origin.folder}", origin.tokenizer_hash, cache.manifest.tokenizer_hash
+            )
         licence = origin.licence
     return cache_job(recipe, cache, tokenizer, model, licence)
 
@@ -253,7 +257,7 @@ def execute(job: Job, options: Options, start: Checkpoint | None) -> Outcome:
         )
     out = run_folder(job.recipe, options)
     if start is not None:
-        check_same_run(start.recipe, job.recipe)
+        check_same_run(start, job)
 
     def save(
         folder: Path, step: int, weights: Weights, training: tuple[Mapping[str, Tensor], Mapping[str, Any]]
@@ -318,33 +322,31 @@ def starting_point(recipe: Recipe, options: Options) -> Checkpoint | None:
     return checkpoint
 
 
-def check_same_run(before: Recipe, now: Recipe) -> None:
-    """Refuse settings that would make a resumed run another one.
+def check_same_run(start: Checkpoint, job: Job) -> None:
+    """Refuse settings and data that would make a resumed run another one.
 
     Raises:
         UserError: listing them.
     """
-    old, new = flat(to_dict(before)), flat(to_dict(now))
+    old, new = flat(to_dict(start.recipe)), flat(to_dict(job.recipe))
     allowed = (*CHANGEABLE, *(f"train.{name}" for name in CHANGEABLE_TRAIN))
     changed = [
         f"{key}: {old.get(key)} in the run, {new.get(key)} now"
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key) and not key.startswith(allowed)
     ]
+    if (images := start.counters()["images"]) != job.images:
+        changed.append(f"data: {images} images in the run, {job.images} now")
+    if start.class_names != job.class_names:
+        changed.append(
+            f"data: classes {shorten(start.class_names)} in the run, {shorten(job.class_names)} now"
+        )
     if changed:
         raise UserError(
             f"a resumed run must keep its settings; {len(changed)} differ",
             "leave them out, or start a new run from this one with --init and another --out",
             changed,
         )
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by "section.key"."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def initialize(model: NextScaleTransformer, origin: Checkpoint, class_names: tuple[str, ...]) -> None:
@@ -374,7 +376,7 @@ def open_cache(options: Options, start: Checkpoint | None) -> tuple[TokenCache, 
     Raises:
         UserError: no cache, or another tokenizer than `options.tokenizer`.
     """
-    data = options.data or (start.training()[1]["data"] if start else "")
+    data = options.data or (start.counters()["data"] if start else "")
     if not data:
         raise UserError(
             "models train on a cache of tokens: --data is missing",
@@ -451,9 +453,7 @@ def adopt_base(recipe: Recipe, base: Checkpoint) -> Recipe:
 
 def weights_fingerprint(recipe: Recipe, weights: Weights) -> str:
     """Fingerprint of the tokenizer that readers of a checkpoint get: the averaged one where there is one."""
-    tokenizer = build_tokenizer(recipe.tokenizer)
-    tokenizer.load_state_dict(dict(weights["ema" if "ema" in weights else "model"]))
-    return tokenizer.fingerprint()
+    return fingerprint(recipe.scales, weights["ema" if "ema" in weights else "model"])
 
 
 def shorten(names: tuple[str, ...]) -> str:

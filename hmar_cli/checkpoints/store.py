@@ -87,19 +87,28 @@ class Checkpoint:
             raise UserError(f"{self.folder} has no weights '{which}'", f"it has {', '.join(self.weights)}")
         return read_tensors(self.folder / f"{which}.safetensors")
 
-    def training(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Read what training needs to go on: tensors by name, and counters.
+    def counters(self) -> dict[str, Any]:
+        """Read the plain part of what training needs to go on, such as the step and the data's name.
 
         Raises:
-            UserError: the checkpoint holds weights alone, or a file is broken.
+            UserError: the checkpoint holds weights alone, or the file is broken.
         """
         if not self.resumable:
             raise UserError(
                 f"{self.folder} holds weights alone, without the state of the optimizer",
                 f"start a new run from it with --init {self.folder}",
             )
-        state = _read_json(self.folder / "training" / "state.json")
-        return read_tensors(self.folder / "training" / "optimizer.safetensors"), state
+        counters: dict[str, Any] = _read_json(self.folder / "training" / "state.json")
+        return counters
+
+    def training(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read all that training needs to go on: tensors by name, and `counters`.
+
+        Raises:
+            UserError: the checkpoint holds weights alone, or a file is broken.
+        """
+        counters = self.counters()
+        return read_tensors(self.folder / "training" / "optimizer.safetensors"), counters
 
 
 def save_checkpoint(

@@ -10,6 +10,7 @@ from hmar_cli.errors import UserError
 from hmar_cli.recipe import (
     MaskedObjective,
     Recipe,
+    flat,
     load_recipe,
     recipe_names,
     recipe_path,
@@ -94,7 +95,7 @@ def diff(
 
     `hmar recipes diff hmar-d16 ./mine.toml --json`
     """
-    ours, theirs = (_flat(to_dict(load_recipe(name))) for name in (first, second))
+    ours, theirs = (flat(to_dict(load_recipe(name))) for name in (first, second))
     keys = [key for key in {**ours, **theirs} if key not in ("name", "description")]
     differing = {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)}
     if as_json:
@@ -156,13 +157,6 @@ def _summary(recipe: Recipe) -> dict[str, Any]:
         "tokens": recipe.scales.total,
         "parameters": transformer_parameters(recipe),
     }
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
 
 
 def transformer_parameters(recipe: Recipe) -> int | None:

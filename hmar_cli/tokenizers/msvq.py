@@ -6,7 +6,7 @@ the last grid (on which features and f_hat live), H W the image.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -370,10 +370,15 @@ class MultiScaleVQ(nn.Module):
         return self.decode(self.quantizer.f_hat(tokens))
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, over the scales and every weight by name; token caches are bound to it."""
-        digest = hashlib.sha256(repr(self.scales.grids).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            data = tensor.detach().cpu().contiguous()
-            digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """The `fingerprint` of these weights."""
+        return fingerprint(self.scales, self.state_dict())
+
+
+def fingerprint(scales: Scales, weights: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hexadecimal, over the scales and every weight by name; token caches are bound to it."""
+    digest = hashlib.sha256(repr(scales.grids).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous()
+        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -141,6 +141,17 @@ def test_a_resumed_run_keeps_its_settings(toys, cache, base, tmp_path):
     assert open_checkpoint(out).step == 3
 
 
+def test_a_resumed_run_keeps_its_data(toys, base, tmp_path):
+    out, recipe = tmp_path / "run", load_recipe(str(toys / "toy.toml"))
+    shutil.copytree(base, out)
+    names = open_checkpoint(base).class_names
+    renamed = make_cache(tmp_path / "renamed", recipe, 0, tuple(reversed(names)))
+    result = train(toys, "--data", renamed, "--out", out, "--resume")
+    refused(result, f"data: classes {', '.join(names[:3])}", f"{', '.join(names[:-4:-1])}, … now")
+    fewer = make_cache(tmp_path / "fewer", recipe, 0, images=20)
+    refused(train(toys, "--data", fewer, "--out", out, "--resume"), "data: 30 images in the run, 20 now")
+
+
 def test_an_imported_checkpoint_cannot_be_resumed(toys, cache, base, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(base, out)
@@ -260,7 +271,7 @@ def test_a_tokenizer_is_trained_and_resumed_exactly(toys, tmp_path):
     assert found.kind == "msvq" and load_tokenizer(tmp_path / "whole").fingerprint() == found.tokenizer_hash
     assert (tmp_path / "whole" / "samples" / "step-00000004.png").is_file()
     row = read_rows(tmp_path / "whole" / "metrics.jsonl")[-1]
-    assert len(row["usage"]) == 3 and row["psnr"] > 0
+    assert len(row["usage_per_scale"]) == 3 and 0 < row["usage"] <= 1 and row["psnr"] > 0
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(step_folder(tmp_path / "parts", 4))
     resumed = hmar("train", *recipe, "--out", tmp_path / "parts", "--resume")

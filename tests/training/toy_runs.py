@@ -104,14 +104,16 @@ sample_every = 4
 """
 
 
-def make_cache(folder: Path, recipe: Recipe, seed: int, class_names: tuple[str, ...] = ()) -> Path:
+def make_cache(
+    folder: Path, recipe: Recipe, seed: int, class_names: tuple[str, ...] = (), images: int = IMAGES
+) -> Path:
     """A cache of drawn shapes, encoded by a random tokenizer."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(recipe.tokenizer).eval()
-    source = open_source(f"builtin:shapes?count={IMAGES}", size=recipe.data.size)
+    source = open_source(f"builtin:shapes?count={images}", size=recipe.data.size)
     settings = CacheSettings(
         source=source.name,
-        length=IMAGES,
+        length=images,
         class_names=class_names or source.class_names,
         tokenizer_hash=tokenizer.fingerprint(),
         scales=recipe.scales.sides(),
