@@ -1,4 +1,4 @@
-"""Starting several processes of a command on this machine, through Accelerate's launcher."""
+"""Where a command runs: its device, and several processes on this machine through Accelerate's launcher."""
 
 import os
 import sys
@@ -6,6 +6,21 @@ import sys
 import typer
 
 from hmar_cli.errors import UserError
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UserError: an unknown name, or a GPU where PyTorch sees none.
+    """
+    if device not in ("", "cpu", "cuda"):
+        raise UserError(f"--device {device}: unknown", "give cpu or cuda, or leave it out")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: no GPU is visible to PyTorch", "leave --device out, or give cpu")
 
 
 def without_launch(arguments: list[str]) -> list[str]:

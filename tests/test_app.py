@@ -70,3 +70,21 @@ def test_a_closed_pipe_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes, "recipe_names", closed)
     result = hmar("recipes", "list")
     assert result.exit_code == 1 and result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tokenize", "--tokenizer", "x", "--out", "y"],
+        ["train", "--recipe", "hmar-tiny"],
+        ["finetune-masked", "x"],
+        ["sample", "--checkpoint", "x"],
+    ],
+    ids=lambda arguments: str(arguments[0]),
+)
+def test_a_device_that_is_not_there(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for device, message in (("cuda", "no GPU is visible to PyTorch"), ("tpu", "unknown")):
+        result = hmar(*arguments, "--device", device)
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[0] == f"error: --device {device}: {message}"

@@ -15,10 +15,10 @@ from hmar_cli.commands.train import (
     Resume,
     Set,
     Wandb,
-    check_device,
     conclude,
     resolve,
 )
+from hmar_cli.errors import UserError
 
 EXAMPLES = """
 Train HMAR's masked branch, which refines what the next-scale model drew.
@@ -55,18 +55,31 @@ def finetune_masked(
     as_json: Json = False,
 ) -> None:
     """Finetune; the help text is `EXAMPLES`."""
+    from hmar_cli.launch import check_device, delegate
+
     check_device(device)
-    if not recipe:
-        from hmar_cli.checkpoints.store import open_checkpoint
-
-        recipe = f"{open_checkpoint(base).recipe.name}-masked"
-    resolved = resolve(recipe, overrides or [], no_ema, "")
-    if launch:
-        from hmar_cli.launch import delegate
-
-        delegate(launch, device)
+    resolved = resolve(recipe or default_recipe(base), overrides or [], no_ema, "")
+    delegate(launch, device)
     from hmar_cli.runs import Options
     from hmar_cli.runs import finetune_masked as run
 
     options = Options(data=data, out=out, resume=resume, device=device, wandb=wandb, dry_run=dry_run)
     conclude(run(base, resolved, options), resolved, as_json, dry_run)
+
+
+def default_recipe(base: str) -> str:
+    """The shipped recipe that finetunes a base.
+
+    Raises:
+        UserError: none does.
+    """
+    from hmar_cli.checkpoints.store import open_checkpoint
+    from hmar_cli.recipe import recipe_names
+
+    name = f"{open_checkpoint(base).recipe.name.removesuffix('-masked')}-masked"
+    if name not in recipe_names():
+        raise UserError(
+            f"no recipe named '{name}' to finetune {base} with",
+            'give one with --recipe: a file with extends = "./NAME.toml" and [objective] kind = "masked"',
+        )
+    return name

@@ -9,6 +9,7 @@ import typer
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
+    from hmar_cli.checkpoints.store import Checkpoint
     from hmar_cli.models.scales import Scales, Schedule
 
 EXAMPLES = """
@@ -25,6 +26,10 @@ size, number of processes and order change nothing. A run that was interrupted g
 - `hmar sample --checkpoint runs/hmar-tiny-masked --schedule 1,2,4,1,1,1 --out more-passes`
 - `hmar sample --checkpoint runs/var-d16 --count 50000 --npz --launch 8`
 """
+
+
+WIDEST = 16
+"""Most labels that get a column each in the grid; with one label, or more than these, the grid is square."""
 
 
 def register(app: typer.Typer) -> None:
@@ -102,7 +107,7 @@ def sample(
     ] = "",
     count: Annotated[int, typer.Option(min=0, help="Images in all; 0 is one a label.")] = 0,
     cfg: Annotated[
-        float | None, typer.Option(help="Guidance at the last scale. [default: the recipe's]")
+        float | None, typer.Option(min=0, help="Guidance at the last scale. [default: the recipe's]")
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(min=0, help="Candidates kept, 0 all. [default: the recipe's]")
@@ -115,7 +120,7 @@ def sample(
         typer.Option(help="Refinement: recipe, none, single, passes per scale (1,2,4,1), or JSON."),
     ] = "recipe",
     refine_cfg: Annotated[
-        float | None, typer.Option(help="Guidance in refinement. [default: the recipe's]")
+        float | None, typer.Option(min=0, help="Guidance in refinement. [default: the recipe's]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
     batch_size: Annotated[int, typer.Option(min=0, help="Images at once; 0 is the recipe's.")] = 0,
@@ -123,7 +128,7 @@ def sample(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer, where the checkpoint carries none.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ... [default: a GPU where there is one]")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")] = "",
     precision: Annotated[str, typer.Option(help="auto (bf16 on a GPU), bf16 or fp32.")] = "auto",
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM's evaluator.")] = False,
     columns: Annotated[int, typer.Option(min=0, help="Columns of grid.png; 0 suits the labels.")] = 0,
@@ -132,37 +137,29 @@ def sample(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Draw images; the help text is `EXAMPLES`."""
-    if launch:
-        from hmar_cli.launch import delegate
+    from hmar_cli.checkpoints.store import open_checkpoint
+    from hmar_cli.launch import check_device, delegate
 
+    check_device(device)
+    source = open_checkpoint(checkpoint)
+    flags = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "refine_cfg": refine_cfg}
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings, passes = resolve(source, given, schedule)
+    classes = parse_labels(labels, source.class_names)
+    if not dry_run:
         delegate(launch, device)
     from hmar_cli.builders import load_model
     from hmar_cli.console import console
     from hmar_cli.sampling.images import Job, draw_images
     from hmar_cli.sampling.next_scale import Settings
 
-    model, codec, source = load_model(checkpoint, weights, tokenizer)
-    defaults = source.recipe.sample
-    default_schedule = defaults.schedule if model.masked is not None else ()
-    chosen = Settings(
-        cfg=defaults.cfg if cfg is None else cfg,
-        top_k=min(defaults.top_k if top_k is None else top_k, codec.vocab_size),
-        top_p=defaults.top_p if top_p is None else top_p,
-        refine_cfg=defaults.refine_cfg if refine_cfg is None else refine_cfg,
-        schedule=parse_schedule(schedule, default_schedule, model.scales),
-    )
-    if model.masked is None and any(len(passes) > 1 for passes in chosen.schedule):
-        raise UserError(
-            f"{checkpoint} has no masked branch, so it cannot refine",
-            "use --schedule none, or run `hmar finetune-masked` first",
-        )
-    classes = parse_labels(labels, source.class_names)
+    model, codec, _ = load_model(checkpoint, weights, tokenizer)
     job = Job(
-        settings=chosen,
+        settings=Settings(**settings, schedule=passes),
         labels=tuple(classes),
         count=count or len(classes),
         seed=seed,
-        batch_size=batch_size or defaults.batch_size,
+        batch_size=batch_size or source.recipe.sample.batch_size,
         precision=precision,
     )
     about: dict[str, Any] = {
@@ -173,8 +170,41 @@ def sample(
         **job.describe(),
     }
     if not dry_run:
-        summary = draw_images(model, codec, job, out, device, about, columns or len(classes), npz)
+        width = columns or (len(classes) if 1 < len(classes) <= WIDEST else 0)
+        summary = draw_images(model, codec, job, out, device, about, width, npz)
+        if summary is None:  # not the process that reports
+            return
         about |= summary
         console.print(f"{job.count} images in {out}, together in {out / 'grid.png'}")
     if as_json or dry_run:
         print(json.dumps(about, indent=2, ensure_ascii=False))
+
+
+def resolve(
+    checkpoint: "Checkpoint", given: dict[str, Any], schedule: str
+) -> tuple[dict[str, Any], "Schedule"]:
+    """Complete the flags that were given by what the checkpoint's recipe says.
+
+    Returns:
+        Guidance and filters by name, and the refinement schedule.
+
+    Raises:
+        UserError: a tokenizer's checkpoint, or a schedule that does not fit or cannot be followed.
+    """
+    recipe = checkpoint.recipe
+    if recipe.model is None:
+        raise UserError(
+            f"{checkpoint.folder} holds a tokenizer, not a model", "pass the checkpoint of a model"
+        )
+    settings = {
+        name: getattr(recipe.sample, name) for name in ("cfg", "top_k", "top_p", "refine_cfg")
+    } | given
+    settings["top_k"] = min(settings["top_k"], recipe.tokenizer.vocab_size)
+    refines = recipe.objective.kind == "masked"
+    passes = parse_schedule(schedule, recipe.sample.schedule if refines else (), recipe.scales)
+    if not refines and any(len(entry) > 1 for entry in passes):
+        raise UserError(
+            f"{checkpoint.folder} has no masked branch, so it cannot refine",
+            "use --schedule none, or run `hmar finetune-masked` first",
+        )
+    return settings, passes

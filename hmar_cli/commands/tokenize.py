@@ -64,19 +64,16 @@ def tokenize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Tokenize; the help text is `EXAMPLES`."""
-    if device not in ("", "cpu", "cuda"):
-        raise UserError(f"--device {device}: unknown", "give cpu or cuda, or leave it out")
     from hmar_cli.builders import find_tokenizer, load_tokenizer
     from hmar_cli.data.encoding import Options, encode_source, settings_for
     from hmar_cli.data.sources import open_source
+    from hmar_cli.launch import check_device, delegate
 
+    check_device(device)
     checkpoint = find_tokenizer(tokenizer)
     chosen = resolve(recipe, overrides or [], checkpoint)
     images = open_source(source or chosen.data.source, size=chosen.data.size)
-    if launch:
-        from hmar_cli.launch import delegate
-
-        delegate(launch, device)
+    delegate(launch, device)
     model = load_tokenizer(tokenizer)
     settings = settings_for(images, model, chosen.data, limit=limit, shard_size=shard_size, seed=seed)
     options = Options(batch_size=batch_size, strict=strict, verify=verify, dry_run=dry_run, device=device)

@@ -62,12 +62,11 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train; the help text is `EXAMPLES`."""
+    from hmar_cli.launch import check_device, delegate
+
     resolved = resolve(recipe, overrides or [], no_ema, out if resume else "")
     check_device(device)
-    if launch:
-        from hmar_cli.launch import delegate
-
-        delegate(launch, device)
+    delegate(launch, device)
     from hmar_cli.runs import Options
     from hmar_cli.runs import train as run
 
@@ -105,12 +104,6 @@ def resolve(name: str, overrides: list[str], no_ema: bool, resumed: str) -> "Rec
         name = str(path)
     recipe = load_recipe(name, overrides)
     return replace(recipe, train=replace(recipe.train, ema=0.0)) if no_ema else recipe
-
-
-def check_device(device: str) -> None:
-    """Refuse names of devices that training knows nothing of."""
-    if device not in ("", "cpu", "cuda"):
-        raise UserError(f"--device {device}: unknown", "give cpu or cuda, or leave it out")
 
 
 def conclude(outcome: "Outcome", recipe: "Recipe", as_json: bool, dry_run: bool) -> None:

@@ -1,5 +1,6 @@
 """From a model to image files: batches, processes, resuming."""
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -38,19 +39,26 @@ class Job:
     precision: str = "auto"
 
     def describe(self) -> dict[str, Any]:
-        """Every setting that the images depend on."""
+        """Every setting that the images depend on, but for the precision, which the device decides."""
         return {**asdict(self.settings), "labels": self.labels, "count": self.count, "seed": self.seed}
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 for "bf16", and for "auto" on a GPU.
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """What a precision means on a device: "auto" is "bf16" on a GPU and "fp32" elsewhere.
 
     Raises:
         UserError: an unknown precision.
     """
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"no precision {precision!r}", "use auto, bf16 or fp32")
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 where `resolve_precision` says so."""
+    enabled = resolve_precision(device, precision) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
@@ -94,23 +102,24 @@ def draw_images(
     about: dict[str, Any],
     columns: int,
     npz: bool,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Draw all images of a job into `out`: 000000.png ..., grid.png, sample.json, and samples.npz on request.
 
-    Images that an earlier run with the same settings finished are kept.
+    Images that an earlier run with the same settings finished are kept. Several processes share the work.
 
     Args:
         model: the transformer, in evaluation mode.
         tokenizer: its tokenizer.
         job: what to draw.
         out: folder for the files.
-        device: "cpu", "cuda", ...; "" for a GPU where there is one.
+        device: "cpu", "cuda" or "" for a GPU where there is one.
         about: recorded in sample.json; a folder with another record is refused.
         columns: of the grid.
         npz: also write all images as one array for ADM's evaluator.
 
     Returns:
-        Seconds, images per second and images that were there already.
+        Precision, seconds, images per second and images that were there already, in the first process; None in the
+        others.
 
     Raises:
         UserError: the folder holds other images, or the model gave numbers that are not finite.
@@ -119,33 +128,49 @@ def draw_images(
 
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     place = torch.device(device) if device and state.num_processes == 1 else state.device
-    autocast(place, job.precision)  # a wrong name fails here, before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    if state.is_main_process:
-        _claim(out, about)
-    state.wait_for_everyone()
-    model.to(place)
-    tokenizer.to(place)
-    share = range(state.process_index, job.count, state.num_processes)
-    missing = [i for i in share if not image_path(out, i).exists()]
+    record = {**about, "precision": resolve_precision(place, job.precision)}
+    claimed = _is_claimed(out, record)
+    there = sum(image_path(out, i).exists() for i in range(job.count))
+    state.wait_for_everyone()  # all have seen what the folder held before it changes
+    if state.is_main_process and not claimed:
+        write_json(out / "sample.json", {**record, "made_with": _made_with(place, state, job)})
     start = time.perf_counter()
-    with progress("sampling", len(share), completed=len(share) - len(missing)) as bar:
+    _draw_share(model.to(place), tokenizer.to(place), job, out, place, state)
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - start
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    if not state.is_main_process:
+        return None
+    _finish(out, job.count, columns, npz)
+    return {
+        "precision": record["precision"],
+        "device": str(place),
+        "seconds": round(seconds, 3),
+        "images_per_second": round((job.count - there) / seconds, 2),
+        "already_there": there,
+    }
+
+
+def _draw_share(
+    model: NextScaleTransformer, tokenizer: MultiScaleVQ, job: Job, out: Path, place: torch.device, state: Any
+) -> None:
+    """Draw what is missing of this process's images, every `num_processes`-th; the first process shows a bar."""
+    world = state.num_processes
+    share = range(state.process_index, job.count, world)
+    missing = [i for i in share if not image_path(out, i).exists()]
+    title = "sampling" if world == 1 else f"sampling (one of {world} processes)"
+    with contextlib.ExitStack() as stack:
+        bar = None
+        if state.is_main_process:
+            bar = stack.enter_context(progress(title, len(share), completed=len(share) - len(missing)))
         for first in range(0, len(missing), job.batch_size):
             batch = missing[first : first + job.batch_size]
             images = to_uint8(generate(model, tokenizer, job, batch, place))
             for i, pixels in zip(batch, images, strict=True):
                 save_png(Image.fromarray(pixels), image_path(out, i))
-            bar.advance(len(batch))
-    seconds = time.perf_counter() - start
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _finish(out, job.count, columns, npz)
-    return {
-        "device": str(place),
-        "seconds": round(seconds, 3),
-        "images_per_second": round(len(missing) * state.num_processes / seconds, 2),
-        "already_there": len(share) - len(missing),
-    }
+            if bar is not None:
+                bar.advance(len(batch))
 
 
 def image_path(out: Path, index: int) -> Path:
@@ -153,21 +178,35 @@ def image_path(out: Path, index: int) -> Path:
     return out / f"{index:06d}.png"
 
 
-def _claim(out: Path, about: dict[str, Any]) -> None:
-    """Record the job in sample.json, or see that the same job left the images that are there."""
-    record = out / "sample.json"
-    stated = json.loads(json.dumps(about))
-    if record.exists():
+def _is_claimed(out: Path, record: dict[str, Any]) -> bool:
+    """Whether sample.json says that the same job left the images that are there; False if there are none.
+
+    Raises:
+        UserError: the folder holds other images.
+    """
+    path = out / "sample.json"
+    if path.exists():
         try:
-            same = json.loads(record.read_text(encoding="utf-8")) == stated
-        except ValueError:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            same = {k: v for k, v in found.items() if k != "made_with"} == json.loads(json.dumps(record))
+        except (ValueError, AttributeError):
             same = False
         if not same:
             raise UserError(f"{out} holds images of other settings", "choose another --out")
-    elif image_path(out, 0).exists():
+        return True
+    if image_path(out, 0).exists():
         raise UserError(f"{out} holds images of an unknown origin", "choose another --out")
-    else:
-        write_json(record, stated)
+    return False
+
+
+def _made_with(place: torch.device, state: Any, job: Job) -> dict[str, Any]:
+    """What images should not depend on, for the record."""
+    return {
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
+        "processes": state.num_processes,
+        "batch_size": job.batch_size,
+        "torch": str(torch.__version__),
+    }
 
 
 def _finish(out: Path, count: int, columns: int, npz: bool) -> None:
