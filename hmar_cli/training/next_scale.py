@@ -39,6 +39,12 @@ class _TransformerTraining(Objective):
         dropped = torch.rand(labels.shape, device=labels.device) < self.label_drop
         return torch.where(dropped, self.model.num_classes, labels)
 
+    def judge(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare logits [B, L, V] with tokens [B, L]: cross-entropy, and 1 where the best is right, [B, L] each."""
+        # one long batch: over a transposed dimension PyTorch first copies the logits, the largest tensor there is
+        entropy = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")  # [B L]
+        return entropy.view_as(tokens), (logits.detach().argmax(dim=-1) == tokens).float()
+
     def per_scale(self, values: Tensor, counts: Tensor) -> Tensor:
         """Average values [B, L] over the counted tokens (bool or 0/1, [L]) of each scale: [K]."""
         scales = self.model.scales
@@ -87,10 +93,9 @@ class NextScaleTraining(_TransformerTraining):
         tokens = batch["tokens"]
         inputs = self.quantizer.teacher_inputs(tokens)  # [B, L - n_1, Z]
         logits = self.model(self.drop_labels(batch["label"]), inputs)  # [B, L, V]
-        entropy = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")  # [B, L]
+        entropy, hits = self.judge(logits, tokens)  # [B, L]
         loss = (entropy * self.weights).sum(dim=1).mean()
         with torch.no_grad():
-            hits = (logits.argmax(dim=-1) == tokens).float()
             every = torch.ones_like(self.weights)
             metrics = {
                 "loss": loss.detach(),
@@ -152,11 +157,10 @@ class MaskedTraining(_TransformerTraining):
         inputs = self.quantizer.teacher_inputs(tokens)  # [B, L - n_1, Z]
         own = self.quantizer.own_inputs(tokens, ~masked if self.branch.leak_free else None)
         logits = self.model(self.drop_labels(batch["label"]), inputs, own, mask)  # [B, L, V]
-        entropy = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")  # [B, L]
+        entropy, hits = self.judge(logits, tokens)  # [B, L]
         share = masked.float() / masked.sum()
         loss = (entropy * share).sum(dim=1).mean()
         with torch.no_grad():
-            hits = (logits.argmax(dim=-1) == tokens).float()
             counted = masked.float()
             metrics = {
                 "loss": loss.detach(),
