@@ -6,7 +6,7 @@ settings off the shapes, and accounts for every key. Files are read without unpi
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,11 +82,13 @@ class Imported:
             or "merged" (HMAR's sampling model).
         state: tensors by this project's names.
         derived: published keys that were left out because they follow from the settings.
+        shared: keys of a masked model that were left out because its next-scale model has them.
     """
 
     format: str
     state: State
     derived: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
 
     @property
     def masked_layers(self) -> int:
@@ -144,6 +146,7 @@ def read_msvq(state: Mapping[str, Tensor]) -> Imported:
         else:
             unknown.append(key)
     _require_known(unknown, "msvq")
+    _require_present(imported, ("encoder.conv_in.weight", "quantizer.codebook.weight"))
     return imported
 
 
@@ -167,6 +170,8 @@ def read_transformer(state: Mapping[str, Tensor]) -> Imported:
         else:
             unknown.append(key)
     _require_known(unknown, "transformer")
+    _require_present(imported, ("class_embed.weight", "pos_embed", "word_embed.weight", "head.linear.weight"))
+    _require_present(imported, ("blocks.0.attention.log_scale", "blocks.0.feed_forward.fc1.weight"))
     return imported
 
 
@@ -196,6 +201,15 @@ def _require_known(unknown: list[str], format: str) -> None:
         )
 
 
+def _require_present(imported: Imported, names: Sequence[str]) -> None:
+    """Refuse a file without the tensors that its settings are read off; loading finds whatever else is missing."""
+    if missing := [name for name in names if name not in imported.state]:
+        raise UserError(
+            f"this is no whole {imported.format} file: it has no {', '.join(missing)}",
+            "check --format, or download the file again",
+        )
+
+
 def merge(next_scale: Imported, masked: Imported, layers: int) -> Imported:
     """Join a next-scale model and a masked model into the sampling model (supplement D.3).
 
@@ -206,17 +220,32 @@ def merge(next_scale: Imported, masked: Imported, layers: int) -> Imported:
         next_scale: of format "next-scale".
         masked: of format "masked".
         layers: late blocks that masked finetuning trained.
+
+    Raises:
+        UserError: files of another kind or depth, or fewer blocks than `layers`.
     """
     state = dict(next_scale.state)
     depth = block_count(state)
+    if next_scale.format != "next-scale" or block_count(masked.state) != depth:
+        raise UserError(
+            f"a masked model of {block_count(masked.state)} blocks cannot be merged with a {next_scale.format} "
+            f"model of {depth}",
+            "pass the next-scale file of the same size with --base",
+        )
+    if layers > depth:
+        raise UserError(f"--masked-layers {layers}: the model has {depth} blocks")
+    shared = []
     for key, value in masked.state.items():
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
         if match and int(match[1]) >= depth - layers:
             state[f"masked.blocks.{int(match[1]) - depth + layers}.{match[2]}"] = value
         elif key.startswith("head."):
             state[f"masked.{key}"] = value
-    state["masked.mask_embed"] = masked.state["masked.mask_embed"]
-    return Imported("merged", state, [*next_scale.derived, *masked.derived])
+        elif key == "masked.mask_embed":
+            state[key] = value
+        else:
+            shared.append(key)
+    return Imported("merged", state, [*next_scale.derived, *masked.derived], shared)
 
 
 def block_count(state: Mapping[str, Tensor]) -> int:

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from hmar_cli.checkpoints.published import Imported
     from hmar_cli.recipe import Recipe
 
-app = typer.Typer(no_args_is_help=True, help="Import published weights, and say what a checkpoint is.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Import published weights, and say what a checkpoint is.",
+)
 
 SCALES = {
     680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -63,24 +67,14 @@ def import_(
     as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON.")] = False,
 ) -> None:
     """Import a published file; the help text is `IMPORT_HELP`."""
-    from hmar_cli.builders import build_model, build_tokenizer, load_tokenizer, load_weights
+    from hmar_cli.builders import build_model, build_tokenizer, load_weights
     from hmar_cli.checkpoints import published
     from hmar_cli.checkpoints.store import save_checkpoint
     from hmar_cli.console import console
-    from hmar_cli.files import file_sha256
 
     if out.exists():
         raise UserError(f"{out} exists", "choose another --out, or remove it")
-    state = published.read_file(file)
-    imported = published.read_msvq(state) if format == "msvq" else published.read_transformer(state)
-    if imported.format == "masked":
-        if base is None:
-            raise UserError(
-                f"{file} is a masked model, without the next-scale blocks that sampling needs",
-                "pass its next-scale file with --base",
-            )
-        next_scale = published.read_transformer(published.read_file(base))
-        imported = published.merge(next_scale, imported, masked_layers)
+    imported, origin = _read(file, format, base, masked_layers)
     recipe = _recipe(imported, format, _sides(scales, imported))
     carried, fingerprint = None, ""
     if format == "msvq":
@@ -90,9 +84,7 @@ def import_(
     else:
         load_weights(build_model(recipe), imported.state, file)
         if tokenizer is not None:
-            from hmar_cli.checkpoints.store import find_checkpoint
-
-            carried, fingerprint = find_checkpoint(tokenizer), load_tokenizer(tokenizer).fingerprint()
+            recipe, carried, fingerprint = _with_tokenizer(recipe, tokenizer)
     save_checkpoint(
         out,
         recipe=recipe,
@@ -102,18 +94,21 @@ def import_(
         tokenizer=carried,
         tokenizer_hash=fingerprint,
         licence=published.LICENCES[format],
-        source={"file": file.name, "sha256": file_sha256(file), "format": imported.format},
+        source=origin,
     )
     account = {
         "format": imported.format,
         "imported": len(imported.state),
         "derived": imported.derived,
+        "shared": imported.shared,
         "parameters": sum(t.numel() for t in imported.state.values()),
         "licence": published.LICENCES[format],
         "checkpoint": str(out),
     }
+    shared = f"{len(imported.shared)} that both files share, " if imported.shared else ""
     console.print(
-        f"{len(imported.state)} tensors imported, {len(imported.derived)} derived buffers left out, none unknown"
+        f"{len(imported.state)} tensors imported, {shared}{len(imported.derived)} derived buffers left out, "
+        "none unknown"
     )
     console.print(f"licence of these weights: {account['licence']}")
     if format != "msvq" and carried is None:
@@ -124,13 +119,45 @@ def import_(
         print(out)
 
 
+def _read(
+    file: Path, format: str, base: Path | None, masked_layers: int
+) -> tuple["Imported", dict[str, str]]:
+    """Read a published file, merged with its base where it needs one; and say where it all came from."""
+    from hmar_cli.checkpoints import published
+    from hmar_cli.files import file_sha256
+
+    state = published.read_file(file)
+    imported = published.read_msvq(state) if format == "msvq" else published.read_transformer(state)
+    if format == "var" and imported.format != "next-scale":
+        raise UserError(f"{file} has the masked branch of HMAR, which VAR has not", "use --format hmar")
+    origin = {"file": file.name, "sha256": file_sha256(file), "format": imported.format}
+    if imported.format == "masked":
+        if base is None:
+            raise UserError(
+                f"{file} is a masked model, without the next-scale blocks that sampling needs",
+                "pass its next-scale file with --base",
+            )
+        next_scale = published.read_transformer(published.read_file(base))
+        imported = published.merge(next_scale, imported, masked_layers)
+        origin |= {"base_file": base.name, "base_sha256": file_sha256(base)}
+    elif base is not None:
+        raise UserError(f"{file} is no masked model, so it has no use for --base", "leave out --base")
+    return imported, origin
+
+
 def _sides(text: str, imported: "Imported") -> tuple[int, ...]:
     """The scale list: as given, or the published one of the sequence's length."""
+    from hmar_cli.models.scales import Scales
+
     if text:
         try:
-            return tuple(int(part) for part in text.split(","))
+            sides = tuple(int(part) for part in text.split(","))
+            Scales.of(sides)
         except ValueError as error:
-            raise UserError(f"--scales {text}: expected whole numbers, as 1,2,3,4") from error
+            raise UserError(
+                f"--scales {text}: {error}", "give whole numbers that grow, as 1,2,3,4"
+            ) from error
+        return sides
     total = imported.state["pos_embed"].shape[1] if "pos_embed" in imported.state else 680
     if total not in SCALES:
         raise UserError(f"no published scale list has {total} tokens", "pass --scales, as 1,2,3,4")
@@ -172,6 +199,29 @@ def _recipe(imported: "Imported", format: str, sides: tuple[int, ...]) -> "Recip
     data = replace(known.data, size=sides[-1] * settings.stride)
     sample = known.sample if known.model else replace(known.sample, schedule=())
     return replace(known, data=data, tokenizer=settings, model=model, objective=objective, sample=sample)
+
+
+def _with_tokenizer(recipe: "Recipe", path: Path) -> tuple["Recipe", Path, str]:
+    """Join a model's recipe and its tokenizer: the recipe of both, the tokenizer's folder and fingerprint.
+
+    Raises:
+        UserError: no tokenizer there, or one with other scales or codes.
+    """
+    from dataclasses import replace
+
+    from hmar_cli.builders import find_tokenizer, load_tokenizer
+
+    found = find_tokenizer(path)
+    ours, theirs = recipe.tokenizer, found.recipe.tokenizer
+    shapes = [(list(each.scales), each.vocab_size, each.z_channels) for each in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        wanted, given = (f"scales {a}, {b} codes of {c} channels" for a, b, c in shapes)
+        raise UserError(
+            f"the model needs a tokenizer with {wanted}; {path} has {given}",
+            "import the tokenizer with the model's --scales, or give the model's own tokenizer",
+        )
+    recipe = replace(recipe, tokenizer=theirs, data=replace(recipe.data, size=found.recipe.data.size))
+    return recipe, found.folder, load_tokenizer(path).fingerprint()
 
 
 def _class_names(recipe: "Recipe") -> tuple[str, ...]:
