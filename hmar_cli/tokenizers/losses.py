@@ -207,8 +207,8 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, 3, H, W] in [-1, 1] to one score a patch, [B, 1, h, w]; high is real."""
-        return self.layers(images)  # type: ignore[no-any-return]
+        """Map images [B, 3, H, W] in [-1, 1] to one float32 score a patch, [B, 1, h, w]; high is real."""
+        return self.layers(images).float()  # type: ignore[no-any-return]
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ class Optimizer:
         """Clip the gradients of each network, and return their norms before that."""
         found: dict[str, Tensor] = {}
         for network, own in self._networks.items():
-            norm = get_total_norm([p.grad for p in own if p.grad is not None]).to(self.bad.device)
+            gradients = [p.grad for p in own if p.grad is not None]  # none while a discriminator rests
+            norm = get_total_norm(gradients) if gradients else torch.zeros_like(self.bad)
             if self.settings.clip > 0:
                 clip_grads_with_norm_(own, self.settings.clip, norm)
             found[network] = norm

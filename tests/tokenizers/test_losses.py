@@ -123,6 +123,8 @@ def test_discriminator_scores_patches_and_keeps_no_state(halvings, side):
     network = PatchDiscriminator(8, halvings)
     assert network(images(side=side)).shape[:2] == (2, 1)
     assert network(images(side=side)).ndim == 4 and list(network.buffers()) == []
+    with torch.autocast("cpu", torch.bfloat16):  # the hinge's means need more than 8 bits
+        assert network(images(side=side)).dtype == torch.float32
 
 
 def test_hinge_losses():
