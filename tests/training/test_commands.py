@@ -1,6 +1,7 @@
 """`hmar train` and `hmar finetune-masked` through the real application."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -183,6 +184,19 @@ def test_init_carries_class_embeddings_by_name(toys, cache, base, tmp_path):
     torch.testing.assert_close(new[key][-1], old[key][-1])
     torch.testing.assert_close(new["word_embed.weight"], old["word_embed.weight"])
     assert (new[key][1] - old[key][2]).abs().max() > 1e-3
+
+
+def test_init_from_a_model_of_another_tokenizer_is_refused(toys, other_cache, base, tmp_path):
+    ours = json.loads((other_cache / "manifest.json").read_text())["tokenizer_hash"]
+    result = train(toys, "--data", other_cache, "--out", tmp_path / "r", "--init", base)
+    refused(result, "another tokenizer", open_checkpoint(base).tokenizer_hash, ours)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_log_without_a_bar_says_rate_and_time_left(toys, cache, tmp_path):
+    result = train(toys, "--data", cache, "--out", tmp_path / "run")
+    assert re.search(r"step 1/2 epoch .* loss .* accuracy .* images/s ETA 0:00:\d\d\n", result.stderr)
+    assert re.search(r"step 2/2 epoch .* images/s ETA 0:00:00\n", result.stderr)
 
 
 def test_init_with_another_model_is_refused(toys, cache, base, tmp_path):
