@@ -4,10 +4,10 @@ What a step computes follows from the recipe's seed and the step's number alone:
 stateless, and the random number generators are seeded before every micro-batch. So a checkpoint needs no
 generator state, and a resumed run repeats what an uninterrupted one does, on the CPU bit for bit.
 
-The host waits for the device only when it logs, saves or shows pictures. A loss or gradient that is not
-finite stops training before it can touch a weight: on a CPU the step's result is read at once; on a GPU the
-device itself skips this and every later update until the next log step, where training ends with the number
-of the step.
+The host waits for the device only when it logs, saves or shows pictures; several processes do every ten
+steps, too, to learn of each other's signals. A loss or gradient that is not finite stops training before it
+can touch a weight: on a CPU the step's result is read at once; on a GPU the device itself skips this and
+every later update until the next log step, where training ends with the number of the step.
 """
 
 import contextlib
@@ -39,6 +39,9 @@ from hmar_cli.training.optimizer import Optimizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+AGREE_EVERY = 10
+"""Steps after which processes on GPUs agree to stop; a launcher kills those that have not ended in 30 seconds."""
 
 Batch = dict[str, Tensor]
 Batches = Callable[[int, int, int, int], Iterator[Batch]]
@@ -337,7 +340,7 @@ class Trainer:
                         log.write(row)
                         bar.note(f"loss {row['loss']:.4f}")
                         report(row, self.plan.steps, batch)
-                if due.log or self.world == 1 or self.device.type == "cpu":
+                if due.log or self.world == 1 or not self.patient or self.step % AGREE_EVERY == 0:
                     stop = self._agree(interrupt.number)
                 with clock.paused():
                     if due.save or stop:
