@@ -443,19 +443,6 @@ class TokenCache:
         tokens = self.fetch("tokens", indices, views).astype(np.int64)
         return {"tokens": tokens, "label": self.labels[indices]}
 
-    def require_tokenizer(self, fingerprint: str) -> None:
-        """Refuse a tokenizer other than the one that made the cache.
-
-        Raises:
-            UserError: with both hashes.
-        """
-        if fingerprint != self.manifest.tokenizer_hash:
-            raise UserError(
-                f"the cache {self.path} was made by tokenizer {self.manifest.tokenizer_hash}, "
-                f"but this run uses {fingerprint}",
-                "tokenize the images again, or use the tokenizer in the cache's own folder `tokenizer`",
-            )
-
     def verify_checksums(self) -> int:
         """Read every file and compare its checksum; returns how many there are.
 

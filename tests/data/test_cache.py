@@ -332,13 +332,6 @@ def test_killed_hard_and_resumed_is_the_same_cache(tmp_path: Path) -> None:
     assert contents(tmp_path / "cut") == whole
 
 
-def test_tokenizer_must_be_the_one(tmp_path: Path) -> None:
-    cache = write(tmp_path / "c")
-    cache.require_tokenizer("f00d")
-    with pytest.raises(UserError, match=r"f00d.*beef"):
-        cache.require_tokenizer("beef")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
