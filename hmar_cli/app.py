@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from hmar_cli.commands import checkpoint, curves, finetune_masked, recipes, sample, tokenize, train
 from hmar_cli.errors import UserError, from_os_error
+from hmar_cli.launch import wait_for_launcher
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """What Typer raises about flags and arguments; it gives a public name to some of its subclasses only."""
@@ -35,6 +36,7 @@ class Group(TyperGroup):
         except USAGE_ERROR as error:
             fail(from_usage_error(error), 2)
         except RuntimeError as error:
+            wait_for_launcher(error)
             if type(error).__name__ != "OutOfMemoryError":  # of PyTorch, which is not imported here
                 raise
             fail(UserError(f"the GPU is out of memory: {error}", "lower the batch size"), 2)

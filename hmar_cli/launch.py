@@ -1,7 +1,9 @@
 """Where a command runs: its device, and several processes on this machine through Accelerate's launcher."""
 
 import os
+import re
 import sys
+import time
 
 import typer
 
@@ -21,6 +23,16 @@ def check_device(device: str) -> None:
 
         if not torch.cuda.is_available():
             raise UserError("--device cuda: no GPU is visible to PyTorch", "leave --device out, or give cpu")
+
+
+def wait_for_launcher(error: RuntimeError) -> None:
+    """Wait for the end if `error` only says that another process of this run has failed; else return.
+
+    That process has said what is wrong; the launcher ends this one as soon as it has noticed.
+    """
+    lost = re.search("closed by peer|reset by peer|Broken pipe|likely closed", str(error))
+    if lost and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        time.sleep(60)
 
 
 def without_launch(arguments: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_cache import contents, flip_last_bit
 from typer.testing import CliRunner, Result
 
@@ -273,3 +274,17 @@ def test_two_processes_and_a_killed_one_make_the_same_cache(tokenizer: Path, tmp
     result = hmar(*arguments, "--out", tmp_path / "killed")
     assert result.exit_code == 0 and "going on after" in result.stderr
     assert contents(tmp_path / "killed") == whole
+
+
+def test_one_process_that_stops_ends_all_with_its_message_alone(tokenizer: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(8):
+        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(photos / f"{i}.png")
+    (photos / "3.png").write_bytes(b"no picture")  # the second process's
+    arguments = ("--tokenizer", tokenizer, "--shard-size", 1, "--device", "cpu", "--out", tmp_path / "c")
+    both = start("tokenize", photos, *arguments, "--strict", "--launch", 2)
+    output, errors = both.communicate(timeout=120)
+    assert both.returncode == 2 and output == ""
+    assert errors.count("error: ") == 1 and "error: image 3 of" in errors
+    assert "Traceback" not in errors
