@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,9 @@ def draw_images(
     """
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    # the last process may be at work long after the first is done
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
     place = torch.device(device) if device and state.num_processes == 1 else state.device
     record = {**about, "precision": resolve_precision(place, job.precision)}
     claimed = _is_claimed(out, record)
@@ -219,5 +222,8 @@ def _finish(out: Path, count: int, columns: int, npz: bool) -> None:
     shown = [pixels(i) for i in range(min(count, GRID_LIMIT))]
     save_png(image_grid(shown, columns), out / "grid.png")
     if npz:
+        every = np.empty((count, *shown[0].shape), np.uint8)  # 50 000 images fill 9 GiB: held once
+        for i in range(count):
+            every[i] = pixels(i)
         with atomic_file(out / "samples.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, arr_0=np.stack([pixels(i) for i in range(count)]))
+            np.savez(file, arr_0=every)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from hmar_cli.checkpoints.store import Checkpoint, clean, list_steps, prune, step_folder
@@ -200,12 +201,15 @@ class Trainer:
     """The state of a run and what one step does to it; see `fit`."""
 
     def __init__(self, objective: Objective, recipe: Recipe, images: int, device: str = "") -> None:
-        kwargs = DistributedDataParallelKwargs(
+        parallel = DistributedDataParallelKwargs(
             broadcast_buffers=False,
             find_unused_parameters=objective.unused_parameters,
             gradient_as_bucket_view=True,
         )
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[kwargs])
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))  # the first process may save for long
+        self.accelerator = Accelerator(
+            cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[parallel, patience]
+        )
         self.recipe, self.objective = recipe, objective
         self.device = choose_device(device, self.accelerator)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
