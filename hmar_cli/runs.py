@@ -495,7 +495,7 @@ def sample_preview(recipe: Recipe, tokenizer: MultiScaleVQ) -> Preview:
         labels = torch.arange(PREVIEW_IMAGES, device=device) % classes
         chosen = Settings(
             cfg=settings.cfg,
-            top_k=min(settings.top_k, tokenizer.vocab_size),
+            top_k=settings.top_k,
             top_p=settings.top_p,
             refine_cfg=settings.refine_cfg,
             schedule=settings.schedule if model.masked is not None else (),
