@@ -442,7 +442,11 @@ def adopt_base(recipe: Recipe, base: Checkpoint) -> Recipe:
         if ours.get(key) != theirs.get(key) and key not in free
     ]
     if other:
-        raise UserError(f"recipe '{recipe.name}' is for another model than {base.folder}", details=other)
+        raise UserError(
+            f"recipe '{recipe.name}' is for another model than {base.folder}",
+            "give the recipe of this model with --recipe, or repeat the base's own --set model.…",
+            other,
+        )
     if base.recipe.model.pattern != "diagonal":
         raise UserError(
             f"{base.folder} is a VAR, whose tokens see all earlier scales",

@@ -244,7 +244,7 @@ def test_masked_finetuning_refuses_other_bases(toys, cache, base, tmp_path):
     )
     refused(hmar("finetune-masked", cache / "tokenizer", *masked), "not a next-scale model")
     other = hmar("finetune-masked", base, *masked, "--set", "model.width=64")
-    refused(other, "another model", "model.width: 64 in the recipe, 32")
+    refused(other, "another model", "model.width: 64 in the recipe, 32", "hint: ")
     refused(hmar("finetune-masked", base, "--data", cache), "no recipe named 'toy-masked'")
     wrong = hmar("finetune-masked", base, "--recipe", toys / "toy.toml", "--data", cache)
     refused(wrong, "does not finetune", "hmar train")
