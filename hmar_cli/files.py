@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hmar_cli.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
@@ -48,6 +50,18 @@ def write_json(target: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(target) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -12,7 +12,6 @@ A run folder holds such folders, one a saved step. Nothing in them is ever unpic
 """
 
 import errno
-import json
 import os
 import platform
 import re
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hmar_cli.errors import UserError
-from hmar_cli.files import atomic_folder
+from hmar_cli.files import atomic_folder, read_json, write_json
 from hmar_cli.recipe import Recipe, recipe_from_dict, to_toml
 
 FORMAT, VERSION = "hmar", 1
@@ -98,7 +97,7 @@ class Checkpoint:
                 f"{self.folder} holds weights alone, without the state of the optimizer",
                 f"start a new run from it with --init {self.folder}",
             )
-        counters: dict[str, Any] = _read_json(self.folder / "training" / "state.json")
+        counters: dict[str, Any] = read_json(self.folder / "training" / "state.json")
         return counters
 
     def training(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -166,8 +165,8 @@ def save_checkpoint(
             tensors, counters = training
             (temporary / "training").mkdir()
             write_tensors(temporary / "training" / "optimizer.safetensors", tensors)
-            _write_json(temporary / "training" / "state.json", dict(counters))
-        _write_json(temporary / "checkpoint.json", about)
+            write_json(temporary / "training" / "state.json", dict(counters))
+        write_json(temporary / "checkpoint.json", about)
         _flush(temporary)
 
 
@@ -178,7 +177,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         UserError: nothing there, not a checkpoint, broken, or of a newer format.
     """
     folder = find_checkpoint(path)
-    about = _read_json(folder / "checkpoint.json")
+    about = read_json(folder / "checkpoint.json")
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise UserError(f"{folder}/checkpoint.json does not describe a checkpoint of hmar")
     if about.get("version") != VERSION:
@@ -357,14 +356,3 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error

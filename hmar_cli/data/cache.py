@@ -33,7 +33,7 @@ from hmar_cli.data.ahead import ordered_map, prefetch
 from hmar_cli.data.sources import Example, ImageSource
 from hmar_cli.data.transforms import Crop, Pixels, image_transform
 from hmar_cli.errors import UserError
-from hmar_cli.files import atomic_file, file_sha256, write_json
+from hmar_cli.files import atomic_file, file_sha256, read_json, write_json
 
 Array = npt.NDArray[Any]
 Encode = Callable[[Pixels], dict[str, Array]]
@@ -158,7 +158,7 @@ class CacheWriter:
         """Compare the settings with those of a cache that is there already."""
         if not self.out.exists() or all(path.name.startswith(".") for path in self.out.iterdir()):
             return
-        before = _read_json(self.out / "settings.json") if (self.out / "settings.json").exists() else None
+        before = read_json(self.out / "settings.json") if (self.out / "settings.json").exists() else None
         if not isinstance(before, dict):
             raise UserError(f"{self.out} is not empty and holds no cache", "choose another --out")
         now = _plain(self.settings)
@@ -197,7 +197,7 @@ class CacheWriter:
         """Count the images whose shards are complete."""
         found = sorted((self.out / "shards").glob("shard-*.json"))
         mine = [path for path in found if int(path.stem.removeprefix("shard-")) % world == rank]
-        return sum(_read_json(path)["read"] for path in mine)
+        return sum(read_json(path)["read"] for path in mine)
 
     def share(self, rank: int = 0, world: int = 1) -> int | None:
         """Count the images that are one process's work; None for a stream."""
@@ -215,7 +215,7 @@ class CacheWriter:
         records: list[dict[str, Any]] = []
         files = set((self.out / "shards").glob("shard-*.json"))
         while self._name(len(records)) in files:
-            records.append(_read_json(self._name(len(records))))
+            records.append(read_json(self._name(len(records))))
         start, stop = self._range(len(records))
         ended = start >= stop or not self.source.random_access  # a stream may end before its length
         if len(records) < len(files) or not ended:
@@ -234,7 +234,7 @@ class CacheWriter:
         path = self._name(number)
         if not path.exists():
             return None
-        record: dict[str, Any] = _read_json(path)
+        record: dict[str, Any] = read_json(path)
         if record.get("settings") != self._digest:
             return None
         for name, about in record["files"].items():
@@ -537,7 +537,7 @@ def read_manifest(path: Path) -> Manifest:
         if (path / "settings.json").is_file():
             raise UserError(f"the cache {path} is unfinished", "run its `hmar tokenize` command again")
         raise UserError(f"no manifest.json in {path}: not a cache", "make one with `hmar tokenize`")
-    table = _read_json(path / "manifest.json")
+    table = read_json(path / "manifest.json")
     if not isinstance(table, dict) or table.pop("format", None) != "hmar-cache":
         raise UserError(f"{path / 'manifest.json'} does not describe a cache of hmar")
     if (version := table.pop("version", None)) != VERSION:
@@ -623,10 +623,3 @@ def _digest(settings: CacheSettings) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 72 else text[:69] + "..."
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error

@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
 
 
-def initialise(*modules: nn.Module) -> None:
+def initialize(*modules: nn.Module) -> None:
     """Draw initial weights that keep the variance from layer to layer; residual branches start at zero.
 
     Convolutions are normal with variance 1 / fan-in. With PyTorch's own initialisation, a third of that, the

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hmar_cli.models.scales import Scales
-from hmar_cli.tokenizers.blocks import Decoder, Encoder, initialise
+from hmar_cli.tokenizers.blocks import Decoder, Encoder, initialize
 
 CHUNK = 1 << 26
 """Distances between vectors and codes that are held at once (256 MiB)."""
@@ -322,7 +322,7 @@ class MultiScaleVQ(nn.Module):
         )
         self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
-        initialise(self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
+        initialize(self.encoder, self.decoder, self.quant_conv, self.post_quant_conv)
         self.quantizer = ScaleQuantizer(
             scales=scales,
             z_channels=z_channels,

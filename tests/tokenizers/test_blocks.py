@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hmar_cli.tokenizers.blocks import AttentionBlock, Decoder, Encoder, ResBlock, group_norm, initialise
+from hmar_cli.tokenizers.blocks import AttentionBlock, Decoder, Encoder, ResBlock, group_norm, initialize
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_initial_residual_branches_are_zero():
     torch.manual_seed(0)
     block, attention, x = ResBlock(8, 8), AttentionBlock(8), torch.randn(2, 8, 4, 4)
     assert not torch.equal(block(x), x)
-    initialise(block, attention)
+    initialize(block, attention)
     assert torch.equal(block(x), x) and torch.equal(attention(x), x)
 
 
@@ -36,7 +36,7 @@ def test_initial_weights_keep_the_variance():
     torch.manual_seed(0)
     shape = {"channels": 24, "multipliers": (1, 1, 2, 2), "res_blocks": 2}
     encoder, decoder = Encoder(**shape, out_channels=16), Decoder(**shape, in_channels=16)
-    initialise(encoder, decoder)
+    initialize(encoder, decoder)
     with torch.no_grad():
         features = encoder(torch.randn(4, 3, 48, 32))
         pictures = decoder(torch.randn(4, 16, 6, 4))
