@@ -1,5 +1,6 @@
 """Where the numbers of a run go: means kept on the device, a JSONL file, TensorBoard, and wandb if asked."""
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -132,11 +133,20 @@ def truncate_rows(path: Path, step: int) -> None:
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
+def require_wandb() -> None:
+    """See that wandb is there, before a run folder is made.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb: wandb is not installed", 'pip install "hmar-cli[wandb]"')
+
+
 def start_wandb(out: Path, name: str) -> Any:
     """Start a run of Weights & Biases that goes on if the same folder is resumed."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--wandb: wandb is not installed", 'pip install "hmar-cli[wandb]"') from error
+    require_wandb()
+    import wandb
+
     identity = "".join(c if c.isalnum() else "-" for c in str(out.resolve()))[-64:]
     return wandb.init(project="hmar", name=name, dir=str(out), id=identity, resume="allow")

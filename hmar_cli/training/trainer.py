@@ -14,6 +14,7 @@ import contextlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -34,7 +35,7 @@ from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_file
 from hmar_cli.recipe import Recipe, to_toml
 from hmar_cli.training.ema import Ema
-from hmar_cli.training.logging import Log, Means, Row
+from hmar_cli.training.logging import Log, Means, Row, require_wandb
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.optimizer import Optimizer
 
@@ -174,6 +175,8 @@ def fit(
         UserError: settings that do not fit, a loss or gradient that is not finite, another run's checkpoint.
         OSError: a full disk; checkpoints that are complete stay so.
     """
+    if wandb:
+        require_wandb()
     trainer = Trainer(objective, recipe, images, device)
     if resume is not None:
         trainer.restore(resume)
@@ -232,7 +235,11 @@ class Trainer:
             objective.compile_networks()
         self.wrapped: nn.Module = objective
         if self.world > 1:
-            self.wrapped = self.accelerator.prepare_model(objective, device_placement=False)
+            with (
+                warnings.catch_warnings()
+            ):  # the successor of this setting is not in every PyTorch from 2.8 on
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                self.wrapped = self.accelerator.prepare_model(objective, device_placement=False)
 
     def train_step(self, stream: Iterator[Batch]) -> None:
         """One optimizer step: accumulate gradients over the micro-batches, judge them, update."""

@@ -345,7 +345,8 @@ def test_seeds_differ_by_step_micro_batch_rank_and_seed():
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(UserError, match="wandb is not installed"):
-        run(tmp_path, toys.recipe(), wandb=True)
+        run(tmp_path / "run", toys.recipe(), wandb=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_are_json_lines_that_survive_a_cut(tmp_path):
