@@ -49,6 +49,7 @@ Whole = Annotated[int, Within(0)]
 Positive = Annotated[float, Within(0, open=True)]
 Amount = Annotated[float, Within(0)]
 Share = Annotated[float, Within(0, 1)]
+Decay = Annotated[float, Within(0, 0.9999999)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +163,7 @@ class Train:
     seed: Whole = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 on a GPU and fp32 on a CPU
     compile: bool = False  # torch.compile
-    ema: Annotated[float, Within(0, 0.9999999)] = (
-        0.0  # decay of the averaged weights, warmed up; 0 keeps none
-    )
+    ema: Decay = 0.0  # of the averaged weights, warmed up; 0 keeps none
     log_every: Count = 50  # steps
     save_every: Count = 5000
     sample_every: Count = 5000
@@ -179,9 +178,7 @@ class Sample:
     top_k: Whole = 900  # 0 keeps all
     top_p: Share = 0.96  # 0 keeps all
     refine_cfg: Amount = 0.0  # guidance of the refinement passes
-    schedule: tuple[
-        tuple[Count, ...], ...
-    ] = ()  # tokens kept by each pass of each scale; empty: no refinement
+    schedule: tuple[tuple[Count, ...], ...] = ()  # tokens kept by each pass of each scale; empty refines none
     batch_size: Count = 64
 
 

@@ -8,7 +8,7 @@ FLAT = {"lin0": 0.05, "lin": 0.15, "lin00": 0.0, "exp": 0.15}
 """Share of the steps after the warm-up during which the named schedules stay at their peak."""
 
 
-def learning_rate_factor(settings: Optim, step: int, steps: int, warmup: float | None = None) -> float:
+def learning_rate_factor(settings: Optim, step: int, steps: int) -> float:
     """Learning rate of a step, as a factor on the peak.
 
     A straight line leads from `start_ratio` to 1 during the warm-up. After it, with x the share of what
@@ -21,12 +21,11 @@ def learning_rate_factor(settings: Optim, step: int, steps: int, warmup: float |
         settings: the recipe's optimizer.
         step: optimizer steps done before this one, 0 to steps - 1.
         steps: optimizer steps of the whole run.
-        warmup: length of the warm-up in steps, rounded; by default the recipe's share of all steps.
 
     Raises:
         ValueError: an unknown schedule.
     """
-    warm = round(settings.warmup * steps if warmup is None else warmup)
+    warm = round(settings.warmup * steps)
     if step < warm:
         return settings.start_ratio + (1 - settings.start_ratio) * step / warm
     x = (step - warm) / max(steps - 1 - warm, 1)  # 0 to 1

@@ -37,9 +37,7 @@ class CodeUsage:
     def __init__(self, scales: Scales, vocab_size: int, window: int, revive_after: int) -> None:
         self.scales, self.window, self.revive_after = scales, window, revive_after
         self.hits = torch.zeros(len(scales), vocab_size, dtype=torch.int32)  # since the last step
-        self.age = torch.full(
-            (len(scales), vocab_size), window, dtype=torch.int32
-        )  # steps since the last hit
+        self.age = torch.full_like(self.hits, window)  # steps since the last hit
         self.idle = torch.zeros(vocab_size, dtype=torch.int32)  # the same over all scales, or since revival
         self.vectors, self.distances = torch.empty(0), torch.empty(0)
 
