@@ -431,8 +431,8 @@ def adopt_base(recipe: Recipe, base: Checkpoint) -> Recipe:
     Raises:
         UserError: the base is no next-scale model, or not the one that the recipe is for.
     """
-    if base.kind != "next-scale" or base.recipe.model is None:
-        raise UserError(f"{base.folder} holds a {base.kind}, not a next-scale model")
+    check_base(base)
+    assert base.recipe.model is not None
     theirs = flat(to_dict(base.recipe.model))
     ours = flat(to_dict(recipe.model)) if recipe.model else theirs
     free = ("num_classes", "attention", "drop_path", "gamma_init")
@@ -447,12 +447,24 @@ def adopt_base(recipe: Recipe, base: Checkpoint) -> Recipe:
             "give the recipe of this model with --recipe, or repeat the base's own --set model.…",
             other,
         )
+    return replace(recipe, model=base.recipe.model, tokenizer=base.recipe.tokenizer)
+
+
+def check_base(base: Checkpoint) -> None:
+    """Refuse what masked finetuning cannot start from.
+
+    Raises:
+        UserError: a tokenizer, or a VAR.
+    """
+    if base.kind != "next-scale" or base.recipe.model is None:
+        raise UserError(
+            f"{base.folder} holds a {base.kind}, not a next-scale model", "give the checkpoint of an HMAR"
+        )
     if base.recipe.model.pattern != "diagonal":
         raise UserError(
             f"{base.folder} is a VAR, whose tokens see all earlier scales",
             "masked finetuning needs a base with model.pattern = diagonal, such as recipe hmar-tiny",
         )
-    return replace(recipe, model=base.recipe.model, tokenizer=base.recipe.tokenizer)
 
 
 def weights_fingerprint(recipe: Recipe, weights: Weights) -> str:

@@ -71,12 +71,15 @@ def default_recipe(base: str) -> str:
     """The shipped recipe that finetunes a base.
 
     Raises:
-        UserError: none does.
+        UserError: none does, or it is no base.
     """
     from hmar_cli.checkpoints.store import open_checkpoint
     from hmar_cli.recipe import recipe_names
+    from hmar_cli.runs import check_base
 
-    name = f"{open_checkpoint(base).recipe.name.removesuffix('-masked')}-masked"
+    checkpoint = open_checkpoint(base)
+    check_base(checkpoint)
+    name = f"{checkpoint.recipe.name.removesuffix('-masked')}-masked"
     if name not in recipe_names():
         raise UserError(
             f"no recipe named '{name}' to finetune {base} with",

@@ -255,6 +255,8 @@ def test_masked_finetuning_refuses_other_bases(toys, cache, base, tmp_path):
     result = train(toys, "--data", cache, "--out", var, "--set", "model.pattern=causal")
     assert result.exit_code == 0, result.output
     refused(hmar("finetune-masked", var, *masked), "model.pattern")
+    refused(hmar("finetune-masked", var, "--data", cache), "is a VAR", "model.pattern")
+    refused(hmar("finetune-masked", cache / "tokenizer", "--data", cache), "not a next-scale model")
 
 
 def test_finetuning_keeps_the_licence_of_its_base(toys, cache, base, tmp_path):
