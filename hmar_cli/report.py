@@ -53,13 +53,17 @@ def save_png(image: Image.Image, target: Path) -> None:
         image.save(temporary, format="PNG")
 
 
-def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, target: Path) -> None:
+def plot_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, target: Path, scales: int = 0
+) -> None:
     """Plot a metric of several runs over training, as a whole and for every scale (HMAR supplement, Fig. 16).
 
     Args:
         runs: rows of each run's metrics file, by a name for the legend.
         metric: such as "accuracy"; its "_per_scale" twin gives the small plots.
         target: PNG file to write.
+        scales: how many there are; fewer numbers are those of the last ones (masked finetuning has none for the
+            first). By default as many as there are numbers.
 
     Raises:
         ValueError: no run has the metric.
@@ -71,15 +75,19 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, ta
     count = max((len(row.get(per_scale, ())) for rows in found.values() for row in rows), default=-1)
     if count < 0:
         raise ValueError(f"expected runs with the metric {metric!r}")
+    scales = max(scales, count)
     columns = min(4, 1 + count)
     figure = Figure(figsize=(3.2 * columns, 2.6 * math.ceil((1 + count) / columns)), layout="constrained")
     for place in range(1 + count):
         axes = figure.add_subplot(math.ceil((1 + count) / columns), columns, place + 1)
+        last = count - place + 1  # place of the number, from the end
         for name, rows in found.items():
-            drawn = [row for row in rows if metric in row and len(row.get(per_scale, ())) >= place]
-            values = [float(row[metric] if place == 0 else row[per_scale][place - 1]) for row in drawn]
-            axes.plot([row["step"] for row in drawn], values, label=name, linewidth=1.2)
-        axes.set_title(metric.replace("_", " ") if place == 0 else f"scale {place} of {count}", fontsize=9)
+            drawn = [row for row in rows if place == 0 or len(row.get(per_scale, ())) >= last]
+            values = [float(row[metric] if place == 0 else row[per_scale][-last]) for row in drawn]
+            dot = "." if len(drawn) == 1 else ""  # a line of one point would not be seen
+            axes.plot([row["step"] for row in drawn], values, label=name, linewidth=1.2, marker=dot)
+        title = f"scale {scales - count + place} of {scales}" if place else metric.replace("_", " ")
+        axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
         if place == 0:

@@ -48,7 +48,7 @@ def curves(
     if empty:
         raise UserError(f"{empty[0]} has measured nothing yet", "train.log_every says after how many steps")
     try:
-        plot_curves(rows, metric.removesuffix("_per_scale"), out)
+        plot_curves(rows, metric.removesuffix("_per_scale"), out, max(map(scale_count, runs)))
     except ValueError as error:
         known = sorted({key.removesuffix("_per_scale") for r in rows.values() for row in r for key in row})
         raise UserError(f"no run measured {metric!r}", f"they have {', '.join(known)}") from error
@@ -61,3 +61,11 @@ def names(runs: list[Path]) -> list[str]:
     """A name for each run: its folder's, or its path where folders of the same name are compared."""
     short = [run.resolve().name for run in runs]
     return [name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)]
+
+
+def scale_count(run: Path) -> int:
+    """Scales of a run's models, by its recipe; 0 if it has none."""
+    from hmar_cli.recipe import load_recipe
+
+    path = run / "recipe.toml"
+    return len(load_recipe(str(path)).scales) if path.is_file() else 0

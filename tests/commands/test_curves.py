@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -44,6 +45,29 @@ def test_curves_of_runs_of_one_name(runs: tuple[Path, Path], tmp_path: Path, met
     with Image.open(out) as image:  # the whole and three scales, in one row
         assert image.width > 3 * image.height
         assert np.asarray(image.convert("L")).std() > 1
+
+
+def test_fewer_numbers_than_scales_are_of_the_last(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masked finetuning measures nothing at the first scale, and is compared with next-scale training."""
+    masked = write_run(tmp_path / "masked", {"step": 1, "accuracy": 0.5, "accuracy_per_scale": [0.7, 0.9]})
+    (masked / "recipe.toml").write_text('extends = "var-tiny"\n[tokenizer]\nscales = [1, 4, 8]\n')
+    drawn: dict[str, dict[str, list[float]]] = {}
+
+    def note(figure: Figure, file: Any, **_: Any) -> None:
+        drawn.clear()
+        for axes in figure.axes:
+            drawn[axes.get_title()] = {str(x.get_label()): list(x.get_ydata()) for x in axes.lines}
+        Path(file).write_bytes(b"")
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    assert hmar("curves", runs[0], masked, "--out", tmp_path / "c.png").exit_code == 0
+    assert list(drawn) == ["accuracy", "scale 1 of 3", "scale 2 of 3", "scale 3 of 3"]
+    assert [panel["masked"] for panel in drawn.values()] == [[0.5], [], [0.7], [0.9]]
+    assert drawn["scale 2 of 3"]["run"] == [0.2, 0.2]
+    assert hmar("curves", masked, "--out", tmp_path / "c.png").exit_code == 0
+    assert list(drawn) == ["accuracy", "scale 2 of 3", "scale 3 of 3"]
 
 
 def test_one_run_goes_by_the_name_of_its_folder(runs: tuple[Path, Path], tmp_path: Path) -> None:
