@@ -27,5 +27,8 @@ def from_os_error(error: OSError) -> UserError:
         errno.EDQUOT: "your disk quota is used up; choose another --out",
         errno.EACCES: "check the permissions of this path",
         errno.ENOENT: "check the spelling of the path",
+        errno.EEXIST: "something else lies there: choose another path",
+        errno.ENOTDIR: "a part of this path is a file: choose another path",
+        errno.EROFS: "nothing can be written there: choose another path",
     }
     return UserError(f"{error.strerror or error}{where}", hints.get(error.errno or 0, ""))

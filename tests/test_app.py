@@ -1,6 +1,7 @@
 """Mistakes of every kind are shown in one way: a line, a hint, exit code 2."""
 
 import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,3 +89,13 @@ def test_a_device_that_is_not_there(arguments: list[str], monkeypatch: pytest.Mo
         result = hmar(*arguments, "--device", device)
         assert result.exit_code == 2
         assert result.stderr.splitlines()[0] == f"error: --device {device}: {message}"
+
+
+def test_a_path_through_a_file_is_one_line_and_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n')
+    result = hmar("curves", str(tmp_path / "run"), "--out", str(tmp_path / "file" / "curves.png"))
+    assert result.exit_code == 2
+    first, hint = result.stderr.splitlines()
+    assert first.startswith("error: ") and str(tmp_path / "file") in first and hint.startswith("hint: ")

@@ -272,6 +272,8 @@ def inspect(
 
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a long hash goes on in the next line
     for key, value in {**about, "class_names": shown}.items():
         table.add_row(key.replace("_", " "), f"{value:,}" if key == "parameters" else str(value))
     Console().print(table)

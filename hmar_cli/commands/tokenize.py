@@ -132,14 +132,15 @@ def conclude(summary: dict[str, Any], as_json: bool, dry_run: bool) -> None:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
         return
     views = f"{summary['views']} views each" if summary["views"] > 1 else "one view each"
+    classes = "1 class" if summary["classes"] == 1 else f"{summary['classes']} classes"
     size = "" if summary["bytes"] is None else f", {human(summary['bytes'])}"
     if dry_run:
         count = "all" if summary["images"] is None else f"{summary['images']:,}"
         print(f"would encode {count} images of {summary['source']} ({summary['done']:,} are done)")
-        print(f"  {summary['classes']} classes, {views}, {summary['tokens']} tokens a view{size}")
+        print(f"  {classes}, {views}, {summary['tokens']} tokens a view{size}")
         print(f"  on {summary['processes']} x {summary['device']}, {summary['batch_size']} pictures at once")
         return
-    print(f"{summary['out']}: {summary['images']:,} images of {summary['classes']} classes, {views}{size}")
+    print(f"{summary['out']}: {summary['images']:,} images of {classes}, {views}{size}")
     if summary["skipped"]:
         print(f"  skipped {len(summary['skipped']):,} images that cannot be used (listed in manifest.json)")
     if summary["encoded_now"]:

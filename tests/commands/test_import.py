@@ -96,6 +96,8 @@ def test_a_masked_file_is_merged_with_its_base(
     assert "non-commercial" in result.stderr
     about = json.loads(hmar("checkpoint", "inspect", out, "--json").stdout)
     assert about["masked_branch"] and about["tokenizer"] == "carried"
+    shown = "".join(c for c in hmar("checkpoint", "inspect", out).stdout if c not in " │\n")
+    assert about["tokenizer_hash"] in shown
     assert about["source"]["sha256"] == file_sha256(published / "new.pth")
     assert about["source"]["base_sha256"] == file_sha256(base)
     assert about["size"] == json.loads(hmar("checkpoint", "inspect", tokenizer, "--json").stdout)["size"]
