@@ -1,4 +1,5 @@
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -6,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cache import shapes, write
+from test_cache import settings_for, shapes, write
 
 from hmar_cli.data import batches
 from hmar_cli.data.ahead import ordered_map, prefetch
 from hmar_cli.data.batches import epoch_length, image_batches, order, token_batches
-from hmar_cli.data.cache import TokenCache
+from hmar_cli.data.cache import CacheWriter, TokenCache
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import image_transform
 from hmar_cli.errors import UserError
@@ -75,6 +76,25 @@ def test_token_batches_match_the_cache(cache: TokenCache, monkeypatch: pytest.Mo
             assert found
             views |= set(found) if len(found) == 1 else set()
     assert views == {0, 1}
+
+
+def test_one_process_gets_50000_cached_images_a_second(tmp_path: Path) -> None:
+    """Of 680 tokens each, from several shards in a random order."""
+
+    def encode(pixels: np.ndarray) -> dict[str, np.ndarray]:
+        return {"tokens": np.random.default_rng(0).integers(4096, size=(len(pixels), 680)).astype(np.uint16)}
+
+    source = shapes(2000)
+    sides = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]
+    writer = CacheWriter(tmp_path, source, settings_for(source, scales=sides, shard_size=500), encode)
+    writer.begin()
+    writer.run()
+    writer.finish()
+    stream = token_batches(TokenCache.open(tmp_path), batch_size=256, seed=0)
+    take(stream, 20)
+    start = time.perf_counter()
+    read = sum(len(batch["tokens"]) for batch in take(stream, 200))
+    assert read / (time.perf_counter() - start) >= 50_000
 
 
 def test_token_batches_can_start_anywhere(cache: TokenCache) -> None:
