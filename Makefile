@@ -21,15 +21,18 @@ $(READY): pyproject.toml
 	touch $@
 
 demo: $(READY)
-	rm -rf demo/run demo/next-scale demo/refined
+	rm -rf demo/run demo/*.png
 	$(HMAR) train --recipe msvq-tiny --out demo/run/tokenizer
-	$(HMAR) tokenize builtin:shapes --recipe msvq-tiny --tokenizer demo/run/tokenizer --limit 4000 \
-	  --out demo/run/cache
+	$(HMAR) tokenize builtin:shapes --tokenizer demo/run/tokenizer --limit 4000 --out demo/run/cache
 	$(HMAR) train --recipe hmar-tiny --data demo/run/cache --out demo/run/hmar
-	$(HMAR) finetune-masked demo/run/hmar --recipe hmar-tiny-masked --data demo/run/cache --out demo/run/masked
-	$(HMAR) sample --checkpoint demo/run/masked --count 64 --schedule none --out demo/next-scale
-	$(HMAR) sample --checkpoint demo/run/masked --count 64 --out demo/refined
-	@echo "Look at demo/next-scale/grid.png and demo/refined/grid.png"
+	$(HMAR) finetune-masked demo/run/hmar --data demo/run/cache --out demo/run/masked
+	$(HMAR) sample --checkpoint demo/run/masked --count 64 --schedule none --out demo/run/samples-draft
+	$(HMAR) sample --checkpoint demo/run/masked --count 64 --out demo/run/samples-refined
+	$(HMAR) curves demo/run/hmar --out demo/accuracy.png
+	cp demo/run/tokenizer/samples/step-00000800.png demo/reconstructions.png
+	cp demo/run/samples-draft/grid.png demo/hmar.png
+	cp demo/run/samples-refined/grid.png demo/hmar-refined.png
+	@echo "Look at demo/reconstructions.png, demo/hmar.png, demo/hmar-refined.png and demo/accuracy.png"
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests

@@ -106,7 +106,8 @@ def draw_images(
 ) -> dict[str, Any] | None:
     """Draw all images of a job into `out`: 000000.png ..., grid.png, sample.json, and samples.npz on request.
 
-    Images that an earlier run with the same settings finished are kept. Several processes share the work.
+    Images that an earlier run with the same settings finished are kept, also where it drew fewer. Several processes
+    share the work.
 
     Args:
         model: the transformer, in evaluation mode.
@@ -132,11 +133,14 @@ def draw_images(
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
     place = torch.device(device) if device and state.num_processes == 1 else state.device
     record = {**about, "precision": resolve_precision(place, job.precision)}
-    claimed = _is_claimed(out, record)
+    _require_same_job(out, record)
     there = sum(image_path(out, i).exists() for i in range(job.count))
     state.wait_for_everyone()  # all have seen what the folder held before it changes
-    if state.is_main_process and not claimed:
+    if state.is_main_process:
+        for leftover in out.glob(".*.png.*.tmp"):  # of a killed run
+            leftover.unlink()
         write_json(out / "sample.json", {**record, "made_with": _made_with(place, state, job)})
+    state.wait_for_everyone()
     start = time.perf_counter()
     _draw_share(model.to(place), tokenizer.to(place), job, out, place, state)
     state.wait_for_everyone()
@@ -181,25 +185,28 @@ def image_path(out: Path, index: int) -> Path:
     return out / f"{index:06d}.png"
 
 
-def _is_claimed(out: Path, record: dict[str, Any]) -> bool:
-    """Whether sample.json says that the same job left the images that are there; False if there are none.
+def _require_same_job(out: Path, record: dict[str, Any]) -> None:
+    """See that images in the folder, if there are any, are of this job; their number may differ.
 
     Raises:
         UserError: the folder holds other images.
     """
-    path = out / "sample.json"
+    path, free = out / "sample.json", ("made_with", "count")
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            same = {k: v for k, v in found.items() if k != "made_with"} == json.loads(json.dumps(record))
-        except (ValueError, AttributeError):
-            same = False
-        if not same:
-            raise UserError(f"{out} holds images of other settings", "choose another --out")
-        return True
-    if image_path(out, 0).exists():
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            found = {}
+        wanted = json.loads(json.dumps(record))
+        keys = [key for key in {**found, **wanted} if key not in free and found.get(key) != wanted.get(key)]
+        if keys:
+            raise UserError(
+                f"{out} holds images of other settings ({', '.join(keys)})",
+                "choose another --out",
+                [f"{key}: {found.get(key)} there, {wanted.get(key)} now" for key in keys],
+            )
+    elif image_path(out, 0).exists():
         raise UserError(f"{out} holds images of an unknown origin", "choose another --out")
-    return False
 
 
 def _made_with(place: torch.device, state: Any, job: Job) -> dict[str, Any]:

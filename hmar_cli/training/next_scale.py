@@ -149,7 +149,7 @@ class MaskedTraining(_TransformerTraining):
         return torch.cat(masks)
 
     def forward(self, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of {"tokens": [B, L] int64, "label": [B] int64}."""
+        """Loss and metrics of {"tokens": [B, L] int64, "label": [B] int64}; the first scale, never masked, is 0."""
         tokens = batch["tokens"]
         first = self.model.scales.lengths[0]
         mask = self.draw_mask(tokens.device)  # [L - n_1]
@@ -165,7 +165,7 @@ class MaskedTraining(_TransformerTraining):
             metrics = {
                 "loss": loss.detach(),
                 "accuracy": (hits * share).sum(dim=1).mean(),
-                "cross_entropy_per_scale": self.per_scale(entropy, counted)[1:],
-                "accuracy_per_scale": self.per_scale(hits, counted)[1:],
+                "cross_entropy_per_scale": self.per_scale(entropy, counted),
+                "accuracy_per_scale": self.per_scale(hits, counted),
             }
         return loss, metrics

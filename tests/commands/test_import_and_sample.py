@@ -119,6 +119,8 @@ def test_batch_size_and_interruption_change_nothing(world: World, tmp_path: Path
     assert json.loads(result.stdout)["already_there"] == 4
     assert pixels(tmp_path / "one") == whole
     assert (tmp_path / "one" / "000001.png").stat().st_mtime_ns == before
+    result = sample(world, tmp_path / "one", "--count", 6, "--json")  # more of the same
+    assert json.loads(result.stdout)["already_there"] == 5 and pixels(tmp_path / "one")[:5] == whole
 
 
 def test_mistakes_are_one_line_and_a_hint(world: World, tmp_path: Path) -> None:
@@ -135,8 +137,8 @@ def test_mistakes_are_one_line_and_a_hint(world: World, tmp_path: Path) -> None:
         assert first.startswith("error: ") and message in first
         assert rest[-1].startswith("hint: ")
     assert sample(world, tmp_path / "other", "--count", 1).exit_code == 0
-    result = sample(world, tmp_path / "other", "--count", 2)
-    assert result.exit_code == 2 and "other settings" in result.stderr
+    result = sample(world, tmp_path / "other", "--count", 1, "--cfg", 0.5)
+    assert result.exit_code == 2 and "other settings (cfg)" in result.stderr
     result = hmar("sample", "--checkpoint", tmp_path / "nowhere")
     assert result.exit_code == 2 and "nowhere" in result.stderr
 
