@@ -104,12 +104,14 @@ def test_two_processes_go_on_and_refuse_as_one(checkpoint: Path, tmp_path: Path)
     whole = files(out)
     for i in (0, 3):
         (out / f"{i:06d}.png").unlink()
+    (out / ".000003.png.4711.tmp").write_bytes(b"half")  # as a killed run leaves it
     done = sample(checkpoint, out, "--count", "5", "--launch", "2", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["already_there"] == 3
     assert files(out) == whole
     other = sample(checkpoint, out, "--count", "5", "--seed", "1", "--launch", "2")
-    assert other.returncode == 2 and "holds images of other settings" in other.stderr
+    assert other.returncode == 2 and "holds images of other settings (seed)" in other.stderr
+    assert "  seed: 0 there, 1 now" in other.stderr
     assert "Traceback" not in other.stderr
     assert files(out) == whole
     wrong = sample(checkpoint, tmp_path / "wrong", "--labels", "circel", "--launch", "2")
