@@ -151,6 +151,7 @@ def conclude(summary: dict[str, Any], as_json: bool, dry_run: bool) -> None:
     if verified := summary.get("verified"):
         share = f"{verified['equal']:.3%} of tokens equal in {verified['images']} images encoded again"
         print(f"  verified: {verified['files']} files unchanged, {share}")
+        print(f"  reads back at {verified['read_images_per_second']:,} images/s in one process")
 
 
 def human(size: float) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hmar_cli.console import console, progress
+from hmar_cli.data.batches import token_batches
 from hmar_cli.data.cache import CacheSettings, CacheWriter, Encode, Manifest, TokenCache
 from hmar_cli.data.sources import Example, ImageSource
 from hmar_cli.data.transforms import Pixels, height_width, to_tensor
@@ -242,4 +243,21 @@ def _verify(writer: CacheWriter) -> dict[str, Any]:
             f"verification failed: of {images} images encoded again, only {equal:.1%} of the tokens are as cached",
             "the source, the tokenizer or the cache has changed; make the cache again in another --out",
         )
-    return {"files": len(cache.files()), "images": images, "equal": equal}
+    return {
+        "files": len(cache.files()),
+        "images": images,
+        "equal": equal,
+        "read_images_per_second": round(reading_speed(cache)),
+    }
+
+
+def reading_speed(cache: TokenCache, seconds: float = 1.0) -> float:
+    """Measure how many images a second one process gets from a cache, in the shuffled batches of training."""
+    batch = min(256, len(cache))
+    stream, read = token_batches(cache, batch_size=batch, seed=0), 0
+    for _ in range(20):  # maps the files
+        next(stream)
+    start = time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds:
+        read += len(next(stream)["label"])
+    return read / passed

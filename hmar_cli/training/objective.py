@@ -3,10 +3,12 @@
 Letters: K scales.
 """
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """A loss and the networks that it trains; the trainer knows nothing else about a model family.
 
     A subclass registers its modules as usual, names the trained ones in `networks`, and computes everything
@@ -23,6 +25,7 @@ class Objective(nn.Module):
     networks: dict[str, nn.Module]
     unused_parameters: bool = False
 
+    @abstractmethod
     def forward(self, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of one micro-batch.
 
@@ -35,7 +38,6 @@ class Objective(nn.Module):
             (K,), finite, of names and shapes that are the same in every step. The trainer averages them over
             micro-batches, steps and processes; a "loss" is added where there is none.
         """
-        raise NotImplementedError
 
     def compile_networks(self) -> None:
         """Compile what `forward` calls; by default the network "model", called as a whole."""
