@@ -235,9 +235,8 @@ class Trainer:
             objective.compile_networks()
         self.wrapped: nn.Module = objective
         if self.world > 1:
-            with (
-                warnings.catch_warnings()
-            ):  # the successor of this setting is not in every PyTorch from 2.8 on
+            # the successor of `broadcast_buffers` is not in every PyTorch from 2.8 on
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 self.wrapped = self.accelerator.prepare_model(objective, device_placement=False)
 
