@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from hmar_cli.commands import checkpoint, curves, finetune_masked, recipes, sample, tokenize, train
 from hmar_cli.errors import UserError, from_os_error
-from hmar_cli.launch import wait_for_launcher
+from hmar_cli.launch import keep_stdout_for_data, wait_for_launcher
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """What Typer raises about flags and arguments; it gives a public name to some of its subclasses only."""
@@ -82,4 +82,5 @@ app.add_typer(checkpoint.app, name="checkpoint")
 
 def main() -> None:
     """Entry point of the `hmar` command."""
+    keep_stdout_for_data()
     app()

@@ -35,6 +35,16 @@ def wait_for_launcher(error: RuntimeError) -> None:
         time.sleep(60)
 
 
+def keep_stdout_for_data() -> None:
+    """Send what libraries print to standard output below Python to standard error, in one of several processes.
+
+    Gloo, which connects processes on CPUs, announces every connection there in PyTorch before 2.9.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        os.dup2(2, 1)
+
+
 def without_launch(arguments: list[str]) -> list[str]:
     """The arguments of a command less `--launch N`, for the processes that are started."""
     kept: list[str] = []

@@ -18,20 +18,21 @@ def hmar(*arguments: str) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "message", "command"),
     [
-        (["--bogus"], "No such option: --bogus", "hmar"),
-        (["bogus"], "No such command 'bogus'", "hmar"),
-        (["recipes", "bogus"], "No such command 'bogus'", "hmar recipes"),
-        (["train", "--rescipe", "hmar-tiny"], "No such option: --rescipe", "hmar train"),
-        (["tokenize"], "Missing option '--tokenizer'", "hmar tokenize"),
-        (["sample", "--checkpoint", "x", "--top-p", "3"], "Invalid value for '--top-p'", "hmar sample"),
-        (["checkpoint", "import", "f", "--out", "x"], "Missing option '--format'", "hmar checkpoint import"),
+        (["--bogus"], "No such option --bogus", "hmar"),
+        (["bogus"], "No such command bogus", "hmar"),
+        (["recipes", "bogus"], "No such command bogus", "hmar recipes"),
+        (["train", "--rescipe", "hmar-tiny"], "No such option --rescipe", "hmar train"),
+        (["tokenize"], "Missing option --tokenizer", "hmar tokenize"),
+        (["sample", "--checkpoint", "x", "--top-p", "3"], "Invalid value for --top-p", "hmar sample"),
+        (["checkpoint", "import", "f", "--out", "x"], "Missing option --format", "hmar checkpoint import"),
     ],
 )
 def test_wrong_flags(arguments: list[str], message: str, command: str) -> None:
     result = hmar(*arguments)
     assert result.exit_code == 2 and result.stdout == ""
     first, hint = result.stderr.splitlines()
-    assert first.startswith(f"error: {message}")
+    plain = first.replace("'", "").replace("option: ", "option ")  # as versions of the library spell it
+    assert plain.startswith(f"error: {message}")
     assert hint == f"hint: `{command} --help` shows every flag, with examples"
 
 
