@@ -11,19 +11,21 @@
 A run folder holds such folders, one a saved step. Nothing in them is ever unpickled.
 """
 
+import contextlib
 import errno
+import math
 import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -85,6 +87,16 @@ class Checkpoint:
         if which not in self.weights:
             raise UserError(f"{self.folder} has no weights '{which}'", f"it has {', '.join(self.weights)}")
         return read_tensors(self.folder / f"{which}.safetensors")
+
+    def parameters(self) -> int:
+        """Count the numbers of the weights "model" by the head of their file, which is all that is read.
+
+        Raises:
+            UserError: their file is broken.
+        """
+        path = self.folder / "model.safetensors"
+        with _told(path), safe_open(path, "pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
     def counters(self) -> dict[str, Any]:
         """Read the plain part of what training needs to go on, such as the step and the data's name.
@@ -307,10 +319,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, cut short or not of this format.
     """
+    with _told(path):
+        return dict(load_file(path))
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say of a safetensors file that it is missing or broken."""
     if not path.is_file():
         raise UserError(f"missing file of a checkpoint: {path}")
     try:
-        return dict(load_file(path))
+        yield
     except SafetensorError as error:
         raise UserError(
             f"{path} is broken: {error}", "delete this checkpoint; an older one may be whole"

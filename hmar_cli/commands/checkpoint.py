@@ -252,7 +252,7 @@ def inspect(
         "recipe": recipe.name,
         "step": checkpoint.step,
         "weights": list(checkpoint.weights),
-        "parameters": sum(t.numel() for t in checkpoint.load("model").values()),
+        "parameters": checkpoint.parameters(),
         "size": recipe.data.size,
         "scales": list(recipe.tokenizer.scales),
         "classes": len(names),

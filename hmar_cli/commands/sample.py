@@ -165,7 +165,7 @@ def sample(
     about: dict[str, Any] = {
         "checkpoint": str(source.folder),
         "weights": weights or source.weights[-1],
-        "tokenizer_hash": codec.fingerprint(),
+        "tokenizer_hash": source.tokenizer_hash or codec.fingerprint(),
         "class_names": [source.class_names[c] for c in classes],
         **job.describe(),
     }

@@ -84,9 +84,10 @@ def generate(
     try:
         with autocast(device, job.precision):
             noise = PhiloxNoise(job.seed, index)
-            tokens, _ = sample_next_scale(model, tokenizer.quantizer, labels, job.settings, noise)
-            decoded = len(tokens) if device.type == "cuda" else 1  # at once
-            return torch.cat([tokenizer.decode_tokens(part) for part in tokens.split(decoded)])
+            tokens, f_hat = sample_next_scale(model, tokenizer.quantizer, labels, job.settings, noise)
+            if device.type == "cuda":
+                return tokenizer.decode(f_hat)
+            return torch.cat([tokenizer.decode_tokens(part) for part in tokens.split(1)])
     except FloatingPointError as error:
         raise UserError(
             f"images {indices[0]} to {indices[-1]}: {error}",
