@@ -8,7 +8,7 @@ from hmar_cli.checkpoints.store import Checkpoint, find_checkpoint, open_checkpo
 from hmar_cli.errors import UserError
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
-from hmar_cli.recipe import MaskedObjective, Msvq, MsvqObjective, NextScaleObjective, Recipe
+from hmar_cli.settings import MaskedObjective, Msvq, MsvqObjective, NextScaleObjective, Recipe
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
 from hmar_cli.training.next_scale import MaskedTraining, NextScaleTraining
 from hmar_cli.training.objective import Objective

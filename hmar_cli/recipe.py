@@ -1,12 +1,11 @@
-"""Recipes: TOML files read into the typed settings below, every mistake reported at once.
+"""Recipes: TOML files read into the dataclasses of `hmar_cli.settings`, every mistake reported at once.
 
 A recipe says everything about one run. Each section is one dataclass; a section that comes in several kinds
-(`[objective]`) names its own by `kind`. Settings that a run finds out (class count, cache) are filled in by
-the commands, and the resolved recipe is stored with every checkpoint.
+(`[objective]`) names its own by `kind`, and without one is of the first. Settings that a run finds out (class
+count, latent scale) are filled in by the commands, and the resolved recipe is stored with every checkpoint.
 
 A file is complete in itself or begins with `extends = "NAME"` (a shipped recipe, or a file beside it), and a
-section may take the section of another recipe by `extends = "NAME"`. The type of a setting is its check: a
-range is part of the annotation, and what must hold between settings is in `impossible_combinations`.
+section may take the section of another recipe by `extends = "NAME"`.
 """
 
 import difflib
@@ -14,195 +13,15 @@ import importlib.resources
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli
 import tomli_w
 
 from hmar_cli.errors import UserError
-from hmar_cli.models.scales import Scales, Side, check_schedule
-
-Weighting = Literal["none", "equal", "linear", "sqrt", "exp-decay", "lognormal"]
-
-
-@dataclass(frozen=True)
-class Within:
-    """The range of a number, as part of its annotation."""
-
-    low: float
-    high: float = float("inf")
-    open: bool = False  # `low` itself is not allowed
-
-    def __contains__(self, number: float) -> bool:
-        return (number > self.low if self.open else number >= self.low) and number <= self.high
-
-    def __str__(self) -> str:
-        if self.high < float("inf"):
-            return f" from {self.low:g} to {self.high:g}"
-        return f" above {self.low:g}" if self.open else f" of at least {self.low:g}"
-
-
-Count = Annotated[int, Within(1)]
-Whole = Annotated[int, Within(0)]
-Positive = Annotated[float, Within(0, open=True)]
-Amount = Annotated[float, Within(0)]
-Share = Annotated[float, Within(0, 1)]
-Decay = Annotated[float, Within(0, 0.9999999)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Where images come from and how they are cut."""
-
-    source: str = "builtin:shapes"  # see `hmar tokenize --help` for the spellings
-    size: Side = 256  # pixels of a training image: a side, or [height, width]
-    crop: Literal["adm", "var"] = "adm"  # centre crop of ADM, or resize to 1.125 x and crop as VAR
-    crops: Count = 1  # cached crops of each image; the first is central, the others random ("var" only)
-    mirror: bool = True  # cache, or train on, mirrored copies too
-    workers: Whole = 2  # threads that decode images
-
-
-@dataclass(frozen=True, kw_only=True)
-class Msvq:
-    """The multi-scale VQ tokenizer (VAR section 3.2; HMAR supplement E)."""
-
-    kind: ClassVar[str] = "msvq"
-    channels: Count = 160
-    multipliers: tuple[Count, ...] = (1, 1, 2, 2, 4)  # each level after the first halves the resolution
-    res_blocks: Count = 2  # residual blocks of a level
-    z_channels: Count = 32
-    vocab_size: Annotated[int, Within(2, 65536)] = 4096
-    scales: tuple[Side, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    phi_count: Count = 4  # partially shared residual convolutions
-    phi_ratio: Share = 0.5  # share of the convolution in a phi's output
-
-    @property
-    def stride(self) -> int:
-        """Pixels per token side at the last scale."""
-        return int(2 ** (len(self.multipliers) - 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class NextScale:
-    """The VAR or HMAR transformer."""
-
-    kind: ClassVar[str] = "next-scale"
-    pattern: Literal["causal", "diagonal"] = "diagonal"  # VAR sees all earlier scales, HMAR its own alone
-    depth: Count = 16
-    width: Count = 1024
-    heads: Count = 16
-    mlp_ratio: Positive = 4.0
-    drop_path: Share | None = None  # at the last block, rising linearly from 0; by default 0.1 depth / 24
-    shared_adaln: bool = False  # one modulation layer for all blocks, as VAR-d36 has
-    gamma_init: Amount = 1e-5  # factor on the initial modulation gates
-    num_classes: Count = 1000  # replaced by the count that the data has
-    attention: str = "auto"  # an implementation of hmar_kernels
-
-
-@dataclass(frozen=True, kw_only=True)
-class MsvqObjective:
-    """Training the multi-scale VQ tokenizer: reconstruction, perceptual, adversarial and commitment terms."""
-
-    kind: ClassVar[str] = "msvq"
-    l1: Amount = 0.0
-    l2: Amount = 1.0
-    perceptual: Literal["none", "random", "lpips"] = "random"  # features of a fixed random network, or LPIPS
-    perceptual_weight: Amount = 1.0
-    lpips_weights: str = ""  # file with LPIPS weights; empty downloads them
-    adversarial_weight: Amount = 0.0
-    adversarial_start: Share = 0.5  # share of training after which the adversarial term acts
-    discriminator_channels: Count = 64
-    commitment: Amount = 0.25
-    revive_after: Whole = 200  # steps after which an unused code is replaced by a feature; 0 never
-
-
-@dataclass(frozen=True, kw_only=True)
-class NextScaleObjective:
-    """Next-scale cross-entropy, weighted per scale (HMAR supplement C.2, Table 4)."""
-
-    kind: ClassVar[str] = "next-scale"
-    weighting: Weighting = "lognormal"
-    label_drop: Share = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedObjective:
-    """Masked finetuning of the last blocks (HMAR supplement D.3)."""
-
-    kind: ClassVar[str] = "masked"
-    layers: Count = 8  # blocks that are copied and trained
-    leak_free: bool = False  # mask tokens before they are upsampled, not after
-    label_drop: Share = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optim:
-    """AdamW, its learning rate and its weight decay."""
-
-    base_lr: Positive = 1e-4  # at batch 256; the peak is base_lr * batch / 256
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    weight_decay: Amount = 0.05
-    weight_decay_end: Amount | None = None  # a half cosine leads there; by default constant
-    clip: Amount = 2.0  # gradient norm; 0 never clips
-    schedule: str = "lin0"  # lin0, lin, lin00, lin<share>, cos, exp, constant
-    warmup: Share = 0.02  # share of all steps
-    start_ratio: Amount = 0.005  # of the peak, at the first step
-    end_ratio: Amount = 0.1  # of the peak, at the last step
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """The run: its length, its batch, what it keeps and shows."""
-
-    batch_size: Count = 768  # images per optimizer step, over all processes
-    accumulate: Count = 1  # micro-batches per optimizer step
-    epochs: Positive = 200
-    steps: Whole = 0  # optimizer steps; 0 follows from epochs
-    seed: Whole = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 on a GPU and fp32 on a CPU
-    compile: bool = False  # torch.compile
-    ema: Decay = 0.0  # of the averaged weights, warmed up; 0 keeps none
-    log_every: Count = 50  # steps
-    save_every: Count = 5000
-    sample_every: Count = 5000
-    keep: Count = 2  # checkpoints
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """How images are drawn."""
-
-    cfg: Amount = 1.5  # guidance at the last scale, growing linearly from 0 at the first
-    top_k: Whole = 900  # 0 keeps all
-    top_p: Share = 0.96  # 0 keeps all
-    refine_cfg: Amount = 0.0  # guidance of the refinement passes
-    schedule: tuple[tuple[Count, ...], ...] = ()  # tokens kept by each pass of each scale; empty refines none
-    batch_size: Count = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that a run needs to know."""
-
-    name: str = ""
-    description: str = ""
-    data: Data = field(default_factory=Data)
-    tokenizer: Msvq = field(default_factory=Msvq)
-    model: NextScale | None = None  # absent where the tokenizer itself is trained
-    objective: MsvqObjective | NextScaleObjective | MaskedObjective = field(
-        default_factory=NextScaleObjective
-    )
-    optim: Optim = field(default_factory=Optim)
-    train: Train = field(default_factory=Train)
-    sample: Sample = field(default_factory=Sample)
-
-    @property
-    def scales(self) -> Scales:
-        """The scales of tokenizer and model."""
-        return Scales.of(self.tokenizer.scales)
-
+from hmar_cli.settings import Recipe, impossible_combinations
 
 # Finding and loading
 
@@ -458,7 +277,7 @@ def _value(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
 def _kind(table: Any, sections: Sequence[type[Any]], path: str, problems: list[str]) -> Any:
     """Build the section whose kind the table names."""
     kinds = {section.__dict__["kind"]: section for section in sections}
-    kind = table.get("kind") if isinstance(table, Mapping) else None
+    kind = table.get("kind", next(iter(kinds))) if isinstance(table, Mapping) else None
     if kind in kinds:
         return _section(table, kinds[kind], path, problems)
     choices = " or ".join(f'"{each}"' for each in kinds)
@@ -555,78 +374,3 @@ def _all_settings() -> Iterator[tuple[str, str, str]]:
         for cls in (hint, *get_args(hint)):
             if isinstance(cls, type) and is_dataclass(cls):
                 yield from ((section, getattr(cls, "kind", ""), each.name) for each in fields(cls))
-
-
-# What must hold between settings
-
-
-def impossible_combinations(recipe: Recipe) -> list[str]:
-    """All contradictions between the settings of a recipe, one line each."""
-    try:
-        scales = recipe.scales
-    except ValueError as error:
-        return [f"tokenizer.scales: {error}"]
-    problems = [*_tokenizer_problems(recipe, scales), *_run_problems(recipe)]
-    if recipe.model is not None:
-        problems.extend(_model_problems(recipe.model))
-    if recipe.objective.kind == "msvq" and recipe.model is not None:
-        problems.append('objective.kind: "msvq" trains the tokenizer, so there is no [model]')
-    if recipe.objective.kind != "msvq" and recipe.model is None:
-        problems.append(f'objective.kind: "{recipe.objective.kind}" trains a [model], and there is none')
-    if isinstance(recipe.objective, MaskedObjective) and recipe.model is not None:
-        layers, depth = recipe.objective.layers, recipe.model.depth
-        if layers > depth:
-            problems.append(f"objective.layers: {layers} blocks to finetune, but model.depth is {depth}")
-        if recipe.model.pattern != "diagonal":
-            problems.append('objective.kind: "masked" finetunes HMAR, model.pattern = "diagonal"')
-    if recipe.sample.schedule:
-        try:
-            check_schedule(recipe.sample.schedule, scales)
-        except ValueError as error:
-            problems.append(f"sample.schedule: {error}")
-    return problems
-
-
-def _grid(sides: Sequence[int]) -> str:
-    return "x".join(str(side) for side in sides)
-
-
-def _tokenizer_problems(recipe: Recipe, scales: Scales) -> Iterator[str]:
-    tokenizer, size = recipe.tokenizer, recipe.data.size
-    if not tokenizer.multipliers:
-        yield "tokenizer.multipliers: expected one or more levels, got none"
-        return
-    pixels = (size, size) if isinstance(size, int) else tuple(size)
-    covered = tuple(side * tokenizer.stride for side in scales.grid)
-    if covered != pixels:
-        yield (
-            f"tokenizer.scales: the last, {_grid(scales.grid)}, times the stride {tokenizer.stride} of "
-            f"tokenizer.multipliers is {_grid(covered)} pixels, but data.size is {_grid(pixels)}"
-        )
-
-
-def _model_problems(model: NextScale) -> Iterator[str]:
-    if model.width % model.heads:
-        yield f"model.width: {model.width} is not divisible by model.heads = {model.heads}"
-    elif model.width // model.heads % 8 or model.width // model.heads > 256:
-        yield (
-            f"model.heads: {model.width // model.heads} channels a head; "
-            "attention kernels need a multiple of 8, at most 256"
-        )
-
-
-def _run_problems(recipe: Recipe) -> Iterator[str]:
-    data, optim, train = recipe.data, recipe.optim, recipe.train
-    if data.crops > 1 and data.crop != "var":
-        yield f'data.crops: {data.crops} crops of an image need data.crop = "var"; the centre crop has one'
-    if train.batch_size % train.accumulate:
-        yield f"train.batch_size: {train.batch_size} is not divisible by train.accumulate, {train.accumulate}"
-    if not re.fullmatch(r"lin0|lin|lin00|lin0\.\d*[1-9]\d*|cos|exp|constant", optim.schedule):
-        yield (
-            f"optim.schedule: expected lin, lin0, lin00, lin<share> such as lin0.2, cos, exp or constant, "
-            f'got "{optim.schedule}"'
-        )
-    if optim.schedule == "exp" and optim.end_ratio == 0:
-        yield "optim.end_ratio: an exponential schedule never reaches 0"
-    if max(optim.betas) >= 1:
-        yield f"optim.betas: expected numbers below 1, got {list(optim.betas)}"

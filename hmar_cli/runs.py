@@ -29,10 +29,11 @@ from hmar_cli.data.transforms import image_transform, to_tensor
 from hmar_cli.errors import UserError
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
-from hmar_cli.recipe import MaskedObjective, MsvqObjective, NextScaleObjective, Recipe, flat, to_dict
+from hmar_cli.recipe import flat, to_dict
 from hmar_cli.report import image_grid, to_uint8
 from hmar_cli.sampling.next_scale import Settings, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.settings import MaskedObjective, MsvqObjective, NextScaleObjective, Recipe
 from hmar_cli.tokenizers.msvq import MultiScaleVQ, fingerprint
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.trainer import Batches, Outcome, Preview, Weights, fit, rehearse

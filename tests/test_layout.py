@@ -8,14 +8,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHARED = {"errors", "files", "console"}
 MAY_IMPORT = {
-    "recipe.py": {"models"},
+    "settings.py": {"models"},
+    "recipe.py": {"settings"},
     "models": set(),
     "tokenizers": {"models"},
-    "checkpoints": {"models", "recipe"},
-    "data": {"models", "tokenizers", "recipe"},
-    "training": {"models", "tokenizers", "data", "checkpoints", "recipe"},
+    "checkpoints": {"models", "recipe", "settings"},
+    "data": {"models", "tokenizers", "settings"},
+    "training": {"models", "tokenizers", "data", "checkpoints", "settings"},
     "sampling": {"models", "tokenizers", "report"},
-    "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe"},
+    "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},
 }
 
 

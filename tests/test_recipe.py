@@ -8,17 +8,8 @@ import tomli
 
 from hmar_cli.commands.recipes import transformer_parameters
 from hmar_cli.errors import UserError
-from hmar_cli.recipe import (
-    MaskedObjective,
-    MsvqObjective,
-    NextScaleObjective,
-    Recipe,
-    load_recipe,
-    recipe_folder,
-    recipe_from_dict,
-    recipe_names,
-    to_toml,
-)
+from hmar_cli.recipe import load_recipe, recipe_folder, recipe_from_dict, recipe_names, to_toml
+from hmar_cli.settings import MaskedObjective, MsvqObjective, NextScaleObjective, Recipe
 
 SIZES = {
     "var": ["d16", "d20", "d24", "d30", "d36-512", "tiny", "cifar10", "tin40"],
@@ -262,8 +253,12 @@ def test_an_unknown_key_is_answered_by_the_nearest(override: str, suggestion: st
         ("hmar-d16", ["optim.betas=[0.9, 1.0]"], "optim.betas: expected numbers below 1"),
         ("hmar-d16", ["objective.kind=msvq"], '"msvq" trains the tokenizer, so there is no [model]'),
         ("msvq-256", ["objective.kind=masked"], '"masked" trains a [model], and there is none'),
-        ("hmar-d16", ["objective.kind=gan"], 'expected "msvq" or "next-scale" or "masked", got "gan"'),
-        ("hmar-d16", ["model.kind=masked"], 'model.kind: expected "next-scale", got "masked"'),
+        (
+            "hmar-d16",
+            ["objective.kind=gan"],
+            'expected "msvq" or "kl" or "next-scale" or "masked" or "masked-ar", got "gan"',
+        ),
+        ("hmar-d16", ["model.kind=masked"], 'model.kind: expected "next-scale" or "masked-ar", got "masked"'),
         ("hmar-d16", ["model=3"], "model: expected a section of settings, got 3"),
         ("hmar-d16", ["train.ema=1"], "train.ema: expected a number from 0 to"),
         ("hmar-d16", ["train.epochs=0"], "train.epochs: expected a number above 0, got 0"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hmar_cli.errors import UserError
-from hmar_cli.recipe import MaskedObjective, Msvq, NextScale, NextScaleObjective
+from hmar_cli.settings import MaskedObjective, Msvq, NextScale, NextScaleObjective
 
 State = dict[str, Tensor]
 

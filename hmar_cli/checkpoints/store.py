@@ -31,7 +31,8 @@ from torch import Tensor
 
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_folder, read_json, write_json
-from hmar_cli.recipe import Recipe, recipe_from_dict, to_toml
+from hmar_cli.recipe import recipe_from_dict, to_toml
+from hmar_cli.settings import Recipe
 
 FORMAT, VERSION = "hmar", 1
 STEP_FOLDER = re.compile(r"step-(\d{8,})")

@@ -10,7 +10,7 @@ from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
     from hmar_cli.checkpoints.published import Imported
-    from hmar_cli.recipe import Recipe
+    from hmar_cli.settings import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -169,15 +169,8 @@ def _recipe(imported: "Imported", format: str, sides: tuple[int, ...]) -> "Recip
     from dataclasses import replace
 
     from hmar_cli.checkpoints import published
-    from hmar_cli.recipe import (
-        MaskedObjective,
-        MsvqObjective,
-        NextScale,
-        NextScaleObjective,
-        Recipe,
-        load_recipe,
-        recipe_names,
-    )
+    from hmar_cli.recipe import load_recipe, recipe_names
+    from hmar_cli.settings import MaskedObjective, MsvqObjective, NextScale, NextScaleObjective, Recipe
 
     model: NextScale | None = None
     objective: MsvqObjective | NextScaleObjective | MaskedObjective = MsvqObjective()

@@ -7,16 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from hmar_cli.errors import UserError
-from hmar_cli.recipe import (
-    MaskedObjective,
-    Recipe,
-    flat,
-    load_recipe,
-    recipe_names,
-    recipe_path,
-    to_dict,
-    to_toml,
-)
+from hmar_cli.recipe import flat, load_recipe, recipe_names, recipe_path, to_dict, to_toml
+from hmar_cli.settings import MaskedObjective, Recipe
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="List, show, compare and check recipes."

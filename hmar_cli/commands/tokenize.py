@@ -10,7 +10,7 @@ from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
     from hmar_cli.checkpoints.store import Checkpoint
-    from hmar_cli.recipe import Recipe
+    from hmar_cli.settings import Recipe
 
 EXAMPLES = """
 Encode images once, into a cache of tokens that models train on.

@@ -8,7 +8,7 @@ import typer
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from hmar_cli.recipe import Recipe
+    from hmar_cli.settings import Recipe
     from hmar_cli.training.trainer import Outcome
 
 EXAMPLES = """

@@ -16,7 +16,7 @@ from hmar_cli.data.cache import CacheSettings, CacheWriter, Encode, Manifest, To
 from hmar_cli.data.sources import Example, ImageSource
 from hmar_cli.data.transforms import Pixels, height_width, to_tensor
 from hmar_cli.errors import UserError
-from hmar_cli.recipe import Data
+from hmar_cli.settings import Data
 
 if TYPE_CHECKING:
     from hmar_cli.tokenizers.msvq import MultiScaleVQ

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hmar_cli.models.next_scale import NextScaleTransformer
-from hmar_cli.recipe import Weighting
+from hmar_cli.settings import Weighting
 from hmar_cli.tokenizers.msvq import ScaleQuantizer
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.weighting import scale_weights

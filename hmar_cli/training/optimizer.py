@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from hmar_cli.errors import UserError
-from hmar_cli.recipe import Optim
+from hmar_cli.settings import Optim
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.schedules import learning_rate_factor, weight_decay
 

@@ -2,7 +2,7 @@
 
 import math
 
-from hmar_cli.recipe import Optim
+from hmar_cli.settings import Optim
 
 FLAT = {"lin0": 0.05, "lin": 0.15, "lin00": 0.0, "exp": 0.15}
 """Share of the steps after the warm-up during which the named schedules stay at their peak."""

@@ -33,7 +33,8 @@ from hmar_cli.console import console, progress
 from hmar_cli.data.ahead import prefetch
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_file
-from hmar_cli.recipe import Recipe, to_toml
+from hmar_cli.recipe import to_toml
+from hmar_cli.settings import Recipe
 from hmar_cli.training.ema import Ema
 from hmar_cli.training.logging import Log, Means, Row, require_wandb
 from hmar_cli.training.objective import Objective

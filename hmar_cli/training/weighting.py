@@ -4,7 +4,7 @@ import math
 import statistics
 
 from hmar_cli.models.scales import Scales
-from hmar_cli.recipe import Weighting
+from hmar_cli.settings import Weighting
 
 
 def scale_weights(scales: Scales, weighting: Weighting) -> list[float]:

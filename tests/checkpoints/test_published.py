@@ -22,7 +22,7 @@ from hmar_cli.checkpoints.published import (
     tokenizer_settings,
 )
 from hmar_cli.errors import UserError
-from hmar_cli.recipe import Recipe
+from hmar_cli.settings import Recipe
 
 MANIFESTS = Path(__file__).parents[1] / "fixtures" / "manifests"
 TRANSFORMERS = [

@@ -21,7 +21,7 @@ from hmar_cli.checkpoints.store import (
     write_tensors,
 )
 from hmar_cli.errors import UserError
-from hmar_cli.recipe import MsvqObjective, NextScale, Recipe
+from hmar_cli.settings import MsvqObjective, NextScale, Recipe
 
 MODEL = Recipe(name="m", model=NextScale(num_classes=2))
 TOKENIZER = Recipe(name="t", objective=MsvqObjective())

@@ -11,7 +11,7 @@ from torch import Tensor
 from hmar_cli.builders import build_model, build_tokenizer
 from hmar_cli.checkpoints.store import Checkpoint, open_checkpoint, save_checkpoint
 from hmar_cli.errors import UserError
-from hmar_cli.recipe import Data, Msvq, NextScale, NextScaleObjective, Optim, Recipe, Train
+from hmar_cli.settings import Data, Msvq, NextScale, NextScaleObjective, Optim, Recipe, Train
 from hmar_cli.training.logging import read_rows
 from hmar_cli.training.next_scale import MaskedTraining, NextScaleTraining
 from hmar_cli.training.trainer import Outcome, Trainer, fit

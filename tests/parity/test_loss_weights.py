@@ -6,7 +6,7 @@ import golden
 import pytest
 
 from hmar_cli.models.scales import Scales
-from hmar_cli.recipe import Weighting
+from hmar_cli.settings import Weighting
 from hmar_cli.training.weighting import scale_weights
 
 NAMES: dict[str, Weighting] = {"none": "none", "equal": "equal", "lognorm": "lognormal"}

@@ -18,9 +18,9 @@ from hmar_cli.checkpoints.published import (
     tokenizer_settings,
 )
 from hmar_cli.models.next_scale import NextScaleTransformer
-from hmar_cli.recipe import Recipe
 from hmar_cli.sampling.next_scale import Settings, sample_next_scale
 from hmar_cli.sampling.noise import Greedy
+from hmar_cli.settings import Recipe
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 PATTERNS = {"var": "causal", "hmar-nsp": "diagonal", "hmar-mp": "diagonal", "hmar-full": "diagonal"}

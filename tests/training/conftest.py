@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hmar_cli.recipe import Recipe, load_recipe
+from hmar_cli.recipe import load_recipe
+from hmar_cli.settings import Recipe
 
 sys.path.insert(0, str(Path(__file__).parent))  # for toys.py and toy_runs.py
 from toy_runs import MASKED, RECIPE, TOKENIZER, make_cache

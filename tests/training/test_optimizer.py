@@ -12,7 +12,7 @@ from torch import nn
 from hmar_cli.builders import build_model, build_tokenizer
 from hmar_cli.checkpoints.published import _transformer_key
 from hmar_cli.errors import UserError
-from hmar_cli.recipe import Optim
+from hmar_cli.settings import Optim
 from hmar_cli.training.ema import Ema
 from hmar_cli.training.next_scale import MaskedTraining, NextScaleTraining
 from hmar_cli.training.optimizer import Optimizer, parameter_groups, trainable_parameters

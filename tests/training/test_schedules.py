@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hmar_cli.recipe import Optim
+from hmar_cli.settings import Optim
 from hmar_cli.training.schedules import learning_rate_factor, weight_decay
 
 GOLDEN = Path(os.environ.get("HMAR_GOLDEN") or Path(__file__).parents[1] / "fixtures" / "golden")

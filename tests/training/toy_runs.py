@@ -14,7 +14,7 @@ from hmar_cli.checkpoints.store import save_checkpoint
 from hmar_cli.data.cache import CacheSettings, CacheWriter
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import to_tensor
-from hmar_cli.recipe import MsvqObjective, Recipe
+from hmar_cli.settings import MsvqObjective, Recipe
 
 ROOT = Path(__file__).parents[2]
 IMAGES = 30

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hmar_cli.recipe import MsvqObjective, Optim, Recipe, Train
+from hmar_cli.settings import MsvqObjective, Optim, Recipe, Train
 from hmar_cli.training.objective import Objective
 
 IMAGES = 41
