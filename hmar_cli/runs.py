@@ -22,8 +22,8 @@ from hmar_cli.checkpoints.store import (
     save_checkpoint,
 )
 from hmar_cli.console import console
-from hmar_cli.data.batches import image_batches, token_batches
-from hmar_cli.data.cache import TokenCache
+from hmar_cli.data.batches import cache_batches, image_batches
+from hmar_cli.data.cache import Cache
 from hmar_cli.data.sources import ImageSource, open_source
 from hmar_cli.data.transforms import image_transform, to_tensor
 from hmar_cli.errors import UserError
@@ -220,12 +220,12 @@ def masked_job(base: Checkpoint, recipe: Recipe, options: Options, start: Checkp
 
 
 def cache_job(
-    recipe: Recipe, cache: TokenCache, tokenizer: MultiScaleVQ, model: NextScaleTransformer, licence: str
+    recipe: Recipe, cache: Cache, tokenizer: MultiScaleVQ, model: NextScaleTransformer, licence: str
 ) -> Job:
     """The part that both kinds of training on a cache share."""
 
     def batches(first: int, rank: int, world: int, size: int) -> Iterator[dict[str, Tensor]]:
-        return token_batches(
+        return cache_batches(
             cache,
             batch_size=size,
             seed=recipe.train.seed,
@@ -371,7 +371,7 @@ def initialize(model: NextScaleTransformer, origin: Checkpoint, class_names: tup
 # What data and base say
 
 
-def open_cache(options: Options, start: Checkpoint | None) -> tuple[TokenCache, MultiScaleVQ]:
+def open_cache(options: Options, start: Checkpoint | None) -> tuple[Cache, MultiScaleVQ]:
     """Open the cache and the tokenizer that made it.
 
     Raises:
@@ -383,7 +383,7 @@ def open_cache(options: Options, start: Checkpoint | None) -> tuple[TokenCache, 
             "models train on a cache of tokens: --data is missing",
             "make one with: hmar tokenize SOURCE --tokenizer CHECKPOINT --out CACHE, then give --data CACHE",
         )
-    cache = TokenCache.open(Path(data))
+    cache = Cache.open(Path(data))
     tokenizer = load_tokenizer(cache.tokenizer_path)
     made_by, carried = cache.manifest.tokenizer_hash, tokenizer.fingerprint()
     if carried != made_by:
@@ -405,7 +405,7 @@ def other_tokenizer(what: str, found: str, made_by: str) -> UserError:
     )
 
 
-def adopt_cache(recipe: Recipe, cache: TokenCache) -> Recipe:
+def adopt_cache(recipe: Recipe, cache: Cache) -> Recipe:
     """Complete a recipe with what the cache knows: class count, image size, and its tokenizer's settings.
 
     Raises:

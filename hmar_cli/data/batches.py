@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from hmar_cli.console import console
 from hmar_cli.data.ahead import prefetch
-from hmar_cli.data.cache import TokenCache
+from hmar_cli.data.cache import Cache
 from hmar_cli.data.sources import Example, ImageSource
 from hmar_cli.data.transforms import Crop, Pixels, image_transform
 from hmar_cli.errors import UserError
@@ -63,8 +63,8 @@ def order(
         yield epoch, places[first : first + batch_size]
 
 
-def token_batches(
-    cache: TokenCache,
+def cache_batches(
+    cache: Cache,
     *,
     batch_size: int,
     seed: int,
@@ -88,11 +88,11 @@ def token_batches(
         {"tokens": int64 (b, L), "label": int64 (b,), "index": int64 (b,)}
     """
     steps = order(len(cache), batch_size=batch_size, seed=seed, start=start, rank=rank, world=world)
-    return _token_batches(cache, steps, batch_size, seed, mirror)
+    return _cache_batches(cache, steps, batch_size, seed, mirror)
 
 
-def _token_batches(
-    cache: TokenCache, steps: Iterator[tuple[int, Indices]], batch_size: int, seed: int, mirror: bool
+def _cache_batches(
+    cache: Cache, steps: Iterator[tuple[int, Indices]], batch_size: int, seed: int, mirror: bool
 ) -> "Iterator[dict[str, Tensor]]":
     import torch
 
@@ -115,7 +115,7 @@ def _token_batches(
             }
 
 
-def _view_choice(cache: TokenCache, seed: int, epoch: int, mirror: bool) -> Indices:
+def _view_choice(cache: Cache, seed: int, epoch: int, mirror: bool) -> Indices:
     """The view of every image in an epoch, (count,)."""
     step = 2 if cache.manifest.mirror and not mirror else 1  # mirrored views are the odd ones
     rng = np.random.default_rng([seed, epoch, VIEW])

@@ -332,7 +332,7 @@ class CacheWriter:
         return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
 
 
-class TokenCache:
+class Cache:
     """A complete cache, opened for reading.
 
     Attributes:
@@ -355,7 +355,7 @@ class TokenCache:
         }
 
     @classmethod
-    def open(cls, path: Path | str, *, checksums: bool | None = None) -> "TokenCache":
+    def open(cls, path: Path | str, *, checksums: bool | None = None) -> "Cache":
         """Open a cache.
 
         Args:

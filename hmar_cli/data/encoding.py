@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from hmar_cli.console import console, progress
-from hmar_cli.data.batches import token_batches
-from hmar_cli.data.cache import CacheSettings, CacheWriter, Encode, Manifest, TokenCache
+from hmar_cli.data.batches import cache_batches
+from hmar_cli.data.cache import Cache, CacheSettings, CacheWriter, Encode, Manifest
 from hmar_cli.data.sources import Example, ImageSource
 from hmar_cli.data.transforms import Pixels, height_width, to_tensor
 from hmar_cli.errors import UserError
@@ -236,7 +236,7 @@ def _summary(out: Path, manifest: Manifest, tokenizer: "MultiScaleVQ") -> dict[s
 
 def _verify(writer: CacheWriter) -> dict[str, Any]:
     """Compare all checksums, and a sample of the images with what the encoder makes of them now."""
-    cache = TokenCache.open(writer.out, checksums=True)
+    cache = Cache.open(writer.out, checksums=True)
     images, equal = cache.verify_sample(writer.source, writer.encode, workers=writer.workers)
     if equal < AGREEMENT:
         raise UserError(
@@ -251,10 +251,10 @@ def _verify(writer: CacheWriter) -> dict[str, Any]:
     }
 
 
-def reading_speed(cache: TokenCache, seconds: float = 1.0) -> float:
+def reading_speed(cache: Cache, seconds: float = 1.0) -> float:
     """Measure how many images a second one process gets from a cache, in the shuffled batches of training."""
     batch = min(256, len(cache))
-    stream, read = token_batches(cache, batch_size=batch, seed=0), 0
+    stream, read = cache_batches(cache, batch_size=batch, seed=0), 0
     for _ in range(20):  # maps the files
         next(stream)
     start = time.perf_counter()

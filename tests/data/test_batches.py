@@ -11,8 +11,8 @@ from test_cache import settings_for, shapes, write
 
 from hmar_cli.data import batches
 from hmar_cli.data.ahead import ordered_map, prefetch
-from hmar_cli.data.batches import epoch_length, image_batches, order, token_batches
-from hmar_cli.data.cache import CacheWriter, TokenCache
+from hmar_cli.data.batches import cache_batches, epoch_length, image_batches, order
+from hmar_cli.data.cache import Cache, CacheWriter
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import image_transform
 from hmar_cli.errors import UserError
@@ -59,14 +59,14 @@ def test_fewer_images_than_a_batch() -> None:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return write(tmp_path_factory.mktemp("cache") / "c")
 
 
-def test_token_batches_match_the_cache(cache: TokenCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_batches_match_the_cache(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "FETCH", 8)  # two batches at once, across the ends of epochs
     views: set[int] = set()
-    for batch in take(token_batches(cache, batch_size=3, seed=0), 14):
+    for batch in take(cache_batches(cache, batch_size=3, seed=0), 14):
         assert (batch["tokens"].dtype, batch["label"].dtype) == (torch.int64, torch.int64)
         index = batch["index"].numpy()
         np.testing.assert_array_equal(batch["label"], cache.labels[index])
@@ -90,31 +90,31 @@ def test_one_process_gets_50000_cached_images_a_second(tmp_path: Path) -> None:
     writer.begin()
     writer.run()
     writer.finish()
-    stream = token_batches(TokenCache.open(tmp_path), batch_size=256, seed=0)
+    stream = cache_batches(Cache.open(tmp_path), batch_size=256, seed=0)
     take(stream, 20)
     start = time.perf_counter()
     read = sum(len(batch["tokens"]) for batch in take(stream, 200))
     assert read / (time.perf_counter() - start) >= 50_000
 
 
-def test_token_batches_can_start_anywhere(cache: TokenCache) -> None:
-    whole = take(token_batches(cache, batch_size=3, seed=0), 20)
+def test_cache_batches_can_start_anywhere(cache: Cache) -> None:
+    whole = take(cache_batches(cache, batch_size=3, seed=0), 20)
     for start in (1, 5, 6, 13):
-        again = take(token_batches(cache, batch_size=3, seed=0, start=start), 5)
+        again = take(cache_batches(cache, batch_size=3, seed=0, start=start), 5)
         for mine, theirs in zip(again, whole[start:], strict=False):
             for name in ("tokens", "label", "index"):
                 assert torch.equal(mine[name], theirs[name])
 
 
-def test_views_do_not_depend_on_processes(cache: TokenCache) -> None:
-    alone = take(token_batches(cache, batch_size=4, seed=2), 7)
-    parts = [take(token_batches(cache, batch_size=2, seed=2, rank=rank, world=2), 7) for rank in (0, 1)]
+def test_views_do_not_depend_on_processes(cache: Cache) -> None:
+    alone = take(cache_batches(cache, batch_size=4, seed=2), 7)
+    parts = [take(cache_batches(cache, batch_size=2, seed=2, rank=rank, world=2), 7) for rank in (0, 1)]
     for step, batch in enumerate(alone):
         assert torch.equal(batch["tokens"], torch.cat([part[step]["tokens"] for part in parts]))
 
 
-def test_without_mirrored_views(cache: TokenCache) -> None:
-    for batch in take(token_batches(cache, batch_size=4, seed=0, mirror=False), 10):
+def test_without_mirrored_views(cache: Cache) -> None:
+    for batch in take(cache_batches(cache, batch_size=4, seed=0, mirror=False), 10):
         plain = cache.batch(batch["index"].numpy(), np.zeros(4, np.int64))["tokens"]
         np.testing.assert_array_equal(batch["tokens"], plain)
 

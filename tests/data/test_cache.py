@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hmar_cli.data.cache import CacheSettings, CacheWriter, TokenCache
+from hmar_cli.data.cache import Cache, CacheSettings, CacheWriter
 from hmar_cli.data.sources import ImageSource, open_source
 from hmar_cli.data.transforms import image_transform
 from hmar_cli.errors import UserError
@@ -47,13 +47,13 @@ def shapes(count: int = 20) -> ImageSource:
     return open_source(f"builtin:shapes?count={count}", size=12)
 
 
-def write(out: Path, source: ImageSource | None = None, batch_size: int = 3, **changes: Any) -> TokenCache:
+def write(out: Path, source: ImageSource | None = None, batch_size: int = 3, **changes: Any) -> Cache:
     source = shapes() if source is None else source
     writer = CacheWriter(out, source, settings_for(source, **changes), encode, batch_size=batch_size)
     writer.begin()
     writer.run()
     writer.finish()
-    return TokenCache.open(out)
+    return Cache.open(out)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -114,7 +114,7 @@ def test_batch_size_and_processes_change_nothing(tmp_path: Path) -> None:
     other = write(tmp_path / "c", batch_size=7)
     every = np.arange(20).repeat(2), np.tile([0, 1], 20)
     np.testing.assert_array_equal(
-        other.batch(*every)["tokens"], TokenCache.open(tmp_path / "a").batch(*every)["tokens"]
+        other.batch(*every)["tokens"], Cache.open(tmp_path / "a").batch(*every)["tokens"]
     )
 
 
@@ -146,7 +146,7 @@ def test_several_arrays_of_other_types(tmp_path: Path) -> None:
     writer.begin()
     writer.run()
     writer.finish()
-    cache = TokenCache.open(tmp_path / "c")
+    cache = Cache.open(tmp_path / "c")
     assert cache.manifest.arrays["moments"] == {"dtype": "float16", "shape": [3, 6, 6]}
     assert cache.manifest.latent_scale == 0.2
     rows = cache.fetch("coarse", np.array([4, 0]), np.array([1, 0]))
@@ -175,7 +175,7 @@ def test_unusable_images_are_listed_counted_and_skipped(tmp_path: Path, with_bro
     manifest = writer.finish()
     assert reported == [entry["index"] for entry in manifest.skipped] == [2, 3, 9]
     assert all("no label" in entry["reason"] for entry in manifest.skipped)
-    cache = TokenCache.open(tmp_path / "c")
+    cache = Cache.open(tmp_path / "c")
     assert len(cache) == 7
     np.testing.assert_array_equal(cache.index, [0, 1, 4, 5, 6, 7, 8])
     np.testing.assert_array_equal(cache.labels, [0, 1, 2, 1, 0, 1, 2])
@@ -226,7 +226,7 @@ def test_stream_in_two_processes(tmp_path: Path, make_parquet: Callable[..., Pat
         writers[0].begin()
         writers[rank].run(rank, 2)
     writers[0].finish()
-    cache = TokenCache.open(tmp_path / "c")
+    cache = Cache.open(tmp_path / "c")
     np.testing.assert_array_equal(cache.index, np.arange(6))
     np.testing.assert_array_equal(cache.labels, [0, 1, 1, 0, 1, 0])
 
@@ -322,7 +322,7 @@ def test_killed_hard_and_resumed_is_the_same_cache(tmp_path: Path) -> None:
     assert child.wait() == -signal.SIGKILL
     assert first.exists() and not (tmp_path / "cut/manifest.json").exists()
     with pytest.raises(UserError, match="is unfinished"):
-        TokenCache.open(tmp_path / "cut")
+        Cache.open(tmp_path / "cut")
     (tmp_path / "cut/shards/.shard-00001.tokens.npy.1.tmp").write_bytes(b"half")
     source = shapes()
     writer = CacheWriter(tmp_path / "cut", source, settings_for(source), encode, batch_size=3)
@@ -347,7 +347,7 @@ def test_corrupt_cache_names_the_file(tmp_path: Path, damage: Callable[[Path], o
     write(tmp_path / "c")
     damage(tmp_path / "c/shards/shard-00001.tokens.npy")
     with pytest.raises(UserError, match=message):
-        TokenCache.open(tmp_path / "c")
+        Cache.open(tmp_path / "c")
 
 
 def flip_last_bit(path: Path) -> None:
@@ -358,12 +358,12 @@ def flip_last_bit(path: Path) -> None:
 
 def test_not_a_cache(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such cache"):
-        TokenCache.open(tmp_path / "nothing")
+        Cache.open(tmp_path / "nothing")
     with pytest.raises(UserError, match="not a cache"):
-        TokenCache.open(tmp_path)
+        Cache.open(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="does not describe a cache"):
-        TokenCache.open(tmp_path)
+        Cache.open(tmp_path)
 
 
 def test_newer_version_is_refused(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_newer_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
     with pytest.raises(UserError, match="version 99"):
-        TokenCache.open(tmp_path / "c")
+        Cache.open(tmp_path / "c")
 
 
 def test_verify_sample_sees_another_encoder(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from hmar_cli.app import app
 from hmar_cli.builders import build_tokenizer, load_tokenizer
 from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint
-from hmar_cli.data.cache import TokenCache
+from hmar_cli.data.cache import Cache
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import image_transform, to_tensor
 from hmar_cli.errors import UserError
@@ -85,7 +85,7 @@ def test_a_cache_holds_what_the_tokenizer_says(tokenizer: Path, tmp_path: Path) 
     assert (summary["verified"]["files"], summary["verified"]["equal"]) == (3 * 4, 1.0)
     assert (summary["images"], summary["views"], summary["encoded_now"]) == (21, 2, 21)
     assert summary["tokens"] == 1 + 4 + 16
-    cache, source = TokenCache.open(out), open_source("builtin:shapes?count=21", size=8)
+    cache, source = Cache.open(out), open_source("builtin:shapes?count=21", size=8)
     model = load_tokenizer(tokenizer)
     assert summary["bytes"] == cache.size
     assert cache.manifest.tokenizer_hash == model.fingerprint() == summary["tokenizer_hash"]
@@ -105,7 +105,7 @@ def test_a_cache_holds_what_the_tokenizer_says(tokenizer: Path, tmp_path: Path) 
 
 def test_a_cache_carries_the_weights_that_made_it(tokenizer: Path, tmp_path: Path) -> None:
     summary_of(hmar("tokenize", "--tokenizer", tokenizer, "--out", tmp_path / "c", "--json"))
-    cache = TokenCache.open(tmp_path / "c")
+    cache = Cache.open(tmp_path / "c")
     assert sorted(path.name for path in cache.tokenizer_path.iterdir()) == [
         "checkpoint.json",
         "model.safetensors",
@@ -160,7 +160,7 @@ def test_unusable_images(tokenizer: Path, tmp_path: Path, folder: Path) -> None:
     result = hmar(*arguments, "--out", tmp_path / "c", "--json")
     (skipped,) = summary_of(result)["skipped"]
     assert f"skipped image {skipped['index']}: {skipped['reason']}" in result.stderr
-    assert TokenCache.open(tmp_path / "c").manifest.skipped == [skipped]
+    assert Cache.open(tmp_path / "c").manifest.skipped == [skipped]
     assert "skipped 1 images" in hmar(*arguments, "--out", tmp_path / "c").stdout
     strict = hmar(*arguments, "--out", tmp_path / "d", "--strict")
     assert strict.exit_code == 2
@@ -179,7 +179,7 @@ def test_streaming_webdataset(tokenizer: Path, tmp_path: Path, tar: Path) -> Non
         "--json",
     )
     assert summary_of(result)["label_counts"] == {"0": 2, "1": 2, "2": 1}
-    cache = TokenCache.open(tmp_path / "c")
+    cache = Cache.open(tmp_path / "c")
     assert cache.captions(np.arange(2)) == ["number 0", "number 1"]
 
 
@@ -197,7 +197,7 @@ def test_verify_finds_changed_files_and_changed_tokens(tokenizer: Path, tmp_path
     assert "error: verification failed: of 10 images encoded again, only 0.0% of the tokens" in result.stderr
     flip_last_bit(target)
     with pytest.raises(UserError, match="has changed"):
-        TokenCache.open(out)
+        Cache.open(out)
     assert hmar(*arguments, "--verify").exit_code == 0  # the broken shard was made again
 
 
