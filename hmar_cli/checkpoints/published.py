@@ -78,17 +78,19 @@ class Imported:
     """A published state dict under this project's names.
 
     Attributes:
-        format: "msvq", "next-scale" (VAR, or HMAR before masked finetuning), "masked" (HMAR's masked model alone)
-            or "merged" (HMAR's sampling model).
+        format: "msvq", "next-scale" (VAR, or HMAR before masked finetuning), "masked" (HMAR's masked model alone),
+            "merged" (HMAR's sampling model), "kl", "mar" or "himar".
         state: tensors by this project's names.
         derived: published keys that were left out because they follow from the settings.
         shared: keys of a masked model that were left out because its next-scale model has them.
+        unused: keys that were left out because they only served training.
     """
 
     format: str
     state: State
     derived: list[str] = field(default_factory=list)
     shared: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
     @property
     def masked_layers(self) -> int:
@@ -145,8 +147,8 @@ def read_msvq(state: Mapping[str, Tensor]) -> Imported:
             imported.derived.append(key)
         else:
             unknown.append(key)
-    _require_known(unknown, "msvq")
-    _require_present(imported, ("encoder.conv_in.weight", "quantizer.codebook.weight"))
+    require_known(unknown, "msvq")
+    require_present(imported, ("encoder.conv_in.weight", "quantizer.codebook.weight"))
     return imported
 
 
@@ -169,9 +171,9 @@ def read_transformer(state: Mapping[str, Tensor]) -> Imported:
             imported.state[target] = value.float().reshape(shape)
         else:
             unknown.append(key)
-    _require_known(unknown, "transformer")
-    _require_present(imported, ("class_embed.weight", "pos_embed", "word_embed.weight", "head.linear.weight"))
-    _require_present(imported, ("blocks.0.attention.log_scale", "blocks.0.feed_forward.fc1.weight"))
+    require_known(unknown, "transformer")
+    require_present(imported, ("class_embed.weight", "pos_embed", "word_embed.weight", "head.linear.weight"))
+    require_present(imported, ("blocks.0.attention.log_scale", "blocks.0.feed_forward.fc1.weight"))
     return imported
 
 
@@ -192,7 +194,7 @@ def _transformer_key(key: str, lower: int) -> str | None:
     return f"{'masked.' if match[1] == 'mask_' else ''}blocks.{index}.{_ATTENTION[match[3]]}"
 
 
-def _require_known(unknown: list[str], format: str) -> None:
+def require_known(unknown: list[str], format: str) -> None:
     if unknown:
         raise UserError(
             f"{len(unknown)} keys don't belong to the published {format} format",
@@ -201,7 +203,7 @@ def _require_known(unknown: list[str], format: str) -> None:
         )
 
 
-def _require_present(imported: Imported, names: Sequence[str]) -> None:
+def require_present(imported: Imported, names: Sequence[str]) -> None:
     """Refuse a file without the tensors that its settings are read off; loading finds whatever else is missing."""
     if missing := [name for name in names if name not in imported.state]:
         raise UserError(
