@@ -3,9 +3,11 @@
 Letters: B batch, C channels, H W height and width in pixels, h w those of a feature map.
 """
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -238,3 +240,13 @@ def initialize(*modules: nn.Module) -> None:
                 nn.init.zeros_(part.conv2.weight)
             elif isinstance(part, AttentionBlock):
                 nn.init.zeros_(part.proj_out.weight)
+
+
+def hash_weights(weights: Mapping[str, Tensor], what: bytes) -> str:
+    """SHA-256, in hexadecimal, over `what` and every weight by name, with its type and shape."""
+    digest = hashlib.sha256(what)
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous()
+        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -5,7 +5,6 @@ the last grid (on which features and f_hat live), H W the image.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hmar_cli.models.scales import Scales
-from hmar_cli.tokenizers.blocks import Decoder, Encoder, initialize
+from hmar_cli.tokenizers.blocks import Decoder, Encoder, hash_weights, initialize
 
 CHUNK = 1 << 26
 """Distances between vectors and codes that are held at once (256 MiB)."""
@@ -369,6 +368,15 @@ class MultiScaleVQ(nn.Module):
         """Map tokens [B, L] int64 to images [B, 3, H, W] in [-1, 1]; the last scales may be missing."""
         return self.decode(self.quantizer.f_hat(tokens))
 
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode and decode images [B, 3, H, W] in [-1, 1]: the same shape and range.
+
+        Raises:
+            ValueError: images of another size than `image_size`.
+        """
+        return self.decode_tokens(self.encode(images))
+
     def fingerprint(self) -> str:
         """The `fingerprint` of these weights."""
         return fingerprint(self.scales, self.state_dict())
@@ -376,9 +384,4 @@ class MultiScaleVQ(nn.Module):
 
 def fingerprint(scales: Scales, weights: Mapping[str, Tensor]) -> str:
     """SHA-256, in hexadecimal, over the scales and every weight by name; token caches are bound to it."""
-    digest = hashlib.sha256(repr(scales.grids).encode())
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        data = tensor.detach().cpu().contiguous()
-        digest.update(data.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return hash_weights(weights, repr(scales.grids).encode())

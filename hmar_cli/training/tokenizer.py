@@ -1,8 +1,10 @@
-"""Training and judging the multi-scale VQ tokenizer.
+"""Training and judging tokenizers: the multi-scale VQ tokenizer and the KL autoencoder.
 
-Letters: B batch, K scales, L tokens of all scales, V codes, Z codebook channels.
+Letters: B batch, K scales, L tokens of all scales, V codes, Z channels of the codebook or of the latents, H W
+height and width of the image, h w those of the latents.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from hmar_cli.models.scales import Scales
+from hmar_cli.tokenizers.kl import KlAutoencoder, divergence, posterior, sample_posterior
 from hmar_cli.tokenizers.losses import (
     Lpips,
     PatchDiscriminator,
@@ -22,6 +25,9 @@ from hmar_cli.tokenizers.losses import (
 )
 from hmar_cli.tokenizers.msvq import MultiScaleVQ, Quantized
 from hmar_cli.training.objective import Objective
+
+Perceptual = Literal["none", "random", "lpips"]
+Terms = dict[str, Tensor]
 
 
 class CodeUsage:
@@ -84,15 +90,15 @@ class CodeUsage:
         self.idle = torch.where(dead, 0, self.idle).to(torch.int32)
 
 
-class MsvqTraining(Objective):
-    """Reconstruction, perceptual, adversarial and quantization terms (VAR, section 3.2; VQGAN, section 3.1).
+class TokenizerTraining(Objective):
+    """What training any tokenizer shares: reconstruction, perceptual and adversarial terms (VQGAN, section 3.1).
 
-    Reported: `loss`, `reconstruction` (l1 and l2 terms), `perceptual`, `quantization`, `psnr`, `usage` (the
-    share of codes used lately), `usage_per_scale` (K numbers), and with a discriminator `adversarial` and
-    `discriminator`.
+    Reported: `loss`, `reconstruction` (l1 and l2 terms), `perceptual`, `psnr`, with a discriminator `adversarial`
+    and `discriminator`, and what the subclass adds.
 
     Args:
-        model: the tokenizer.
+        model: the tokenizer, with `encoder` and `decoder`.
+        halvings: of the discriminator.
         l1: weight of the mean absolute error.
         l2: weight of the mean squared error.
         perceptual: "random" features, "lpips" or "none".
@@ -101,28 +107,26 @@ class MsvqTraining(Objective):
         adversarial_weight: weight of the generator's hinge term; 0 builds no discriminator.
         adversarial_start: share of training before which the discriminator rests.
         discriminator_channels: its width.
-        commitment: weight of the encoder's part of the quantization loss.
-        revive_after: steps after which an unused code is replaced; 0 never.
     """
+
+    model: MultiScaleVQ | KlAutoencoder
 
     def __init__(
         self,
-        model: MultiScaleVQ,
+        model: MultiScaleVQ | KlAutoencoder,
+        halvings: int,
         *,
-        l1: float = 0.0,
-        l2: float = 1.0,
-        perceptual: Literal["none", "random", "lpips"] = "random",
-        perceptual_weight: float = 1.0,
-        lpips_weights: str = "",
-        adversarial_weight: float = 0.0,
-        adversarial_start: float = 0.5,
-        discriminator_channels: int = 64,
-        commitment: float = 0.25,
-        revive_after: int = 200,
+        l1: float,
+        l2: float,
+        perceptual: Perceptual,
+        perceptual_weight: float,
+        lpips_weights: str,
+        adversarial_weight: float,
+        adversarial_start: float,
+        discriminator_channels: int,
     ) -> None:
         super().__init__()
         self.model = model
-        self.model.quantizer.commitment = commitment
         self.l1, self.l2, self.perceptual_weight = l1, l2, perceptual_weight
         self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
         self.perceptual: nn.Module | None = None
@@ -131,24 +135,31 @@ class MsvqTraining(Objective):
         self.networks = {"model": model}
         self.discriminator: nn.Module | None = None
         if adversarial_weight:
-            side = min(model.image_size)
-            halvings = 3 if side >= 128 else 2 if side >= 16 else 1
             self.discriminator = PatchDiscriminator(discriminator_channels, halvings)
             self.networks["discriminator"] = self.discriminator
-        idle_phis = len(set(model.quantizer.phi_index)) < len(model.quantizer.phis)
-        self.unused_parameters = idle_phis or self.discriminator is not None
-        self.usage = CodeUsage(model.scales, model.vocab_size, revive_after or 200, revive_after)
+        self.unused_parameters = self.discriminator is not None
+
+    @abstractmethod
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Terms, Terms]:
+        """Encode and decode with gradients.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+
+        Returns:
+            Pictures [B, 3, H, W], not clamped; what the bottleneck adds to the loss, a scalar; its terms; and
+            its metrics, detached.
+        """
 
     def forward(self, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch with "image" [B, 3, H, W], uint8 or in [-1, 1]."""
         images = to_signed(batch["image"])
-        quantized: Quantized = self.model.quantizer(self.model.features(images))
-        pictures = self.model.picture(quantized.f_hat)  # [B, 3, H, W]
+        pictures, bottleneck, own, extra = self.reconstruct(images)  # [B, 3, H, W]
         terms = {
             "reconstruction": self.l1 * F.l1_loss(pictures, images) + self.l2 * F.mse_loss(pictures, images),
-            "quantization": quantized.loss,
+            **own,
         }
-        loss = terms["reconstruction"] + terms["quantization"]
+        loss = terms["reconstruction"] + bottleneck
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(images, pictures).mean()
             loss = loss + self.perceptual_weight * terms["perceptual"]
@@ -156,12 +167,9 @@ class MsvqTraining(Objective):
             generator, terms["discriminator"] = self._adversarial(images, pictures, progress)
             terms["adversarial"] = generator
             loss = loss + self.adversarial_weight * generator + terms["discriminator"]
-        if self.training:
-            self.usage.count(quantized)
         metrics = {name: term.detach().float() for name, term in {"loss": loss, **terms}.items()}
         metrics["psnr"] = psnr(images, pictures.detach()).mean()
-        metrics["usage"], metrics["usage_per_scale"] = self.usage.shares()
-        return loss, metrics
+        return loss, metrics | extra
 
     def _adversarial(self, images: Tensor, pictures: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         assert self.discriminator is not None
@@ -177,6 +185,71 @@ class MsvqTraining(Objective):
         """Compile the encoder and the decoder; the tokenizer is never called as a whole."""
         self.model.encoder.compile()
         self.model.decoder.compile()
+
+
+class MsvqTraining(TokenizerTraining):
+    """Training the multi-scale VQ tokenizer: the terms of any tokenizer, and quantization (VAR, section 3.2).
+
+    Reported beside what `TokenizerTraining` reports: `quantization`, `usage` (the share of codes used lately)
+    and `usage_per_scale` (K numbers).
+
+    Args:
+        model: the tokenizer.
+        l1: as the other settings up to `discriminator_channels`, see `TokenizerTraining`.
+        l2: weight of the mean squared error.
+        perceptual: "random" features, "lpips" or "none".
+        perceptual_weight: its weight.
+        lpips_weights: file of LPIPS weights; empty downloads them.
+        adversarial_weight: weight of the generator's hinge term; 0 builds no discriminator.
+        adversarial_start: share of training before which the discriminator rests.
+        discriminator_channels: its width.
+        commitment: weight of the encoder's part of the quantization loss.
+        revive_after: steps after which an unused code is replaced; 0 never.
+    """
+
+    model: MultiScaleVQ
+
+    def __init__(
+        self,
+        model: MultiScaleVQ,
+        *,
+        l1: float = 0.0,
+        l2: float = 1.0,
+        perceptual: Perceptual = "random",
+        perceptual_weight: float = 1.0,
+        lpips_weights: str = "",
+        adversarial_weight: float = 0.0,
+        adversarial_start: float = 0.5,
+        discriminator_channels: int = 64,
+        commitment: float = 0.25,
+        revive_after: int = 200,
+    ) -> None:
+        side = min(model.image_size)
+        super().__init__(
+            model,
+            3 if side >= 128 else 2 if side >= 16 else 1,
+            l1=l1,
+            l2=l2,
+            perceptual=perceptual,
+            perceptual_weight=perceptual_weight,
+            lpips_weights=lpips_weights,
+            adversarial_weight=adversarial_weight,
+            adversarial_start=adversarial_start,
+            discriminator_channels=discriminator_channels,
+        )
+        self.model.quantizer.commitment = commitment
+        idle_phis = len(set(model.quantizer.phi_index)) < len(model.quantizer.phis)
+        self.unused_parameters = idle_phis or self.discriminator is not None
+        self.usage = CodeUsage(model.scales, model.vocab_size, revive_after or 200, revive_after)
+
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Terms, Terms]:
+        """Quantize images [B, 3, H, W] in [-1, 1] and decode them; counts the codes in training."""
+        quantized: Quantized = self.model.quantizer(self.model.features(images))
+        pictures = self.model.picture(quantized.f_hat)  # [B, 3, H, W]
+        if self.training:
+            self.usage.count(quantized)
+        metrics = dict(zip(("usage", "usage_per_scale"), self.usage.shares(), strict=True))
+        return pictures, quantized.loss, {"quantization": quantized.loss}, metrics
 
     def undecayed(self, name: str, parameter: nn.Parameter) -> bool:
         """The codebook is not decayed, nor are biases and norms."""
@@ -200,47 +273,146 @@ class MsvqTraining(Objective):
         self.usage.idle = state["usage.idle"].to(device)
 
 
+class KlTraining(TokenizerTraining):
+    """Training the KL autoencoder: the terms of any tokenizer, and the divergence from a standard normal.
+
+    The loss is that of latent diffusion (Rombach et al. 2022, appendix G), per number of the image: there the
+    reconstruction is summed over an image's 3 H W numbers and the divergence over its Z h w latents; here both
+    sums are divided by 3 H W. So a weight of 1e-6 means the same, and the other terms are those of `MsvqTraining`.
+    The decoder gets a fresh draw from the posterior in every step.
+
+    Reported beside what `TokenizerTraining` reports: `kl`, the divergence in nats a latent number (so that a
+    weight and an image size don't change its meaning), and `latent_std` of the drawn latents, before any scale.
+
+    Args:
+        model: the autoencoder.
+        l1: as the other settings up to `discriminator_channels`, see `TokenizerTraining`.
+        l2: weight of the mean squared error.
+        perceptual: "random" features, "lpips" or "none".
+        perceptual_weight: its weight.
+        lpips_weights: file of LPIPS weights; empty downloads them.
+        adversarial_weight: weight of the generator's hinge term; 0 builds no discriminator.
+        adversarial_start: share of training before which the discriminator rests.
+        discriminator_channels: its width.
+        kl_weight: weight of the divergence.
+    """
+
+    model: KlAutoencoder
+
+    def __init__(
+        self,
+        model: KlAutoencoder,
+        *,
+        l1: float = 1.0,
+        l2: float = 0.0,
+        perceptual: Perceptual = "random",
+        perceptual_weight: float = 1.0,
+        lpips_weights: str = "",
+        adversarial_weight: float = 0.0,
+        adversarial_start: float = 0.5,
+        discriminator_channels: int = 64,
+        kl_weight: float = 1e-6,
+    ) -> None:
+        super().__init__(
+            model,
+            3 if model.stride >= 16 else 2 if model.stride >= 4 else 1,
+            l1=l1,
+            l2=l2,
+            perceptual=perceptual,
+            perceptual_weight=perceptual_weight,
+            lpips_weights=lpips_weights,
+            adversarial_weight=adversarial_weight,
+            adversarial_start=adversarial_start,
+            discriminator_channels=discriminator_channels,
+        )
+        self.kl_weight = kl_weight
+
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Terms, Terms]:
+        """Draw latents of images [B, 3, H, W] in [-1, 1] and decode them."""
+        moments = self.model.moments(images)  # [B, 2Z, h, w]
+        z = sample_posterior(moments, torch.randn_like(moments.chunk(2, dim=1)[0]))  # [B, Z, h, w]
+        total = divergence(moments).sum()
+        bottleneck = self.kl_weight * total / images.numel()
+        return self.model.decode(z), bottleneck, {"kl": total / z.numel()}, {"latent_std": z.detach().std()}
+
+
 def to_signed(images: Tensor) -> Tensor:
     """Turn uint8 images into float32 in [-1, 1]; leave float ones, but for their dtype."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
 
 
 @torch.no_grad()
-def evaluate_tokenizer(model: MultiScaleVQ, images: Iterable[Tensor]) -> dict[str, Any]:
-    """Measure how well a tokenizer reconstructs images, and how much of its codebook every scale uses.
+def evaluate_tokenizer(model: MultiScaleVQ | KlAutoencoder, images: Iterable[Tensor]) -> dict[str, Any]:
+    """Measure how well a tokenizer reconstructs images, and how it uses its codes or latents.
 
     Args:
         model: in evaluation mode.
         images: batches [B, 3, H, W] on the model's device, uint8 or in [-1, 1].
 
     Returns:
-        `count`; `psnr` in decibels and `l1` (on [-1, 1]), each a mean over images; `usage_per_scale`, the
-        share of the V codes that occur at all, K numbers; `perplexity_per_scale`, the exponential of the entropy of
-        the codes, K numbers; `usage`, the share of codes that any scale uses.
+        `count`; `psnr` in decibels and `l1` (on [-1, 1]), each a mean over images. Of a multi-scale VQ tokenizer
+        also `usage_per_scale`, the share of the V codes that occur at all, K numbers; `perplexity_per_scale`, the
+        exponential of the entropy of the codes, K numbers; `usage`, the share of codes that any scale uses. Of a
+        KL autoencoder `latent_std`, the standard deviation of all numbers of drawn latents, before any scale, and
+        `posterior_std`, the root mean square of the posteriors' own.
 
     Raises:
         ValueError: no image came.
     """
-    scales = model.scales
-    counts = torch.zeros(len(scales), model.vocab_size, dtype=torch.long)
+    bottleneck = _Codes(model) if isinstance(model, MultiScaleVQ) else _Latents(model)
     decibels, errors = [], []
     for batch in images:
         pixels = to_signed(batch)
-        tokens = model.encode(pixels)  # [B, L]
-        pictures = model.decode_tokens(tokens)
+        pictures = bottleneck(pixels)  # [B, 3, H, W]
         decibels.append(psnr(pixels, pictures).double().cpu())
         errors.append((pixels - pictures).abs().mean(dim=(1, 2, 3)).double().cpu())
-        for k in range(len(scales)):
-            counts[k] += tokens[:, scales.slice(k)].flatten().bincount(minlength=model.vocab_size).cpu()
     if not decibels:
         raise ValueError("expected at least one batch of images, got none")
-    shares = counts / counts.sum(dim=1, keepdim=True)  # [K, V]
-    entropy = torch.special.entr(shares).sum(dim=1)
     return {
         "count": sum(len(part) for part in decibels),
         "psnr": torch.cat(decibels).mean().item(),
         "l1": torch.cat(errors).mean().item(),
-        "usage_per_scale": (counts > 0).double().mean(dim=1).tolist(),
-        "perplexity_per_scale": entropy.exp().tolist(),
-        "usage": (counts.sum(dim=0) > 0).double().mean().item(),
+        **bottleneck.result(),
     }
+
+
+class _Codes:
+    """Reconstructs through tokens and counts them."""
+
+    def __init__(self, model: MultiScaleVQ) -> None:
+        self.model = model
+        self.counts = torch.zeros(len(model.scales), model.vocab_size, dtype=torch.long)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        tokens = self.model.encode(images)  # [B, L]
+        for k in range(len(self.counts)):
+            part = tokens[:, self.model.scales.slice(k)].flatten()
+            self.counts[k] += part.bincount(minlength=self.model.vocab_size).cpu()
+        return self.model.decode_tokens(tokens)
+
+    def result(self) -> dict[str, Any]:
+        shares = self.counts / self.counts.sum(dim=1, keepdim=True)  # [K, V]
+        entropy = torch.special.entr(shares).sum(dim=1)
+        return {
+            "usage_per_scale": (self.counts > 0).double().mean(dim=1).tolist(),
+            "perplexity_per_scale": entropy.exp().tolist(),
+            "usage": (self.counts.sum(dim=0) > 0).double().mean().item(),
+        }
+
+
+class _Latents:
+    """Reconstructs through the posterior's mean and keeps sums of the latents."""
+
+    def __init__(self, model: KlAutoencoder) -> None:
+        self.model, self.numbers = model, 0
+        self.sums = torch.zeros(3, dtype=torch.double)  # of means, their squares, and variances
+
+    def __call__(self, images: Tensor) -> Tensor:
+        mean, std = posterior(self.model.moments(images))  # 2 x [B, Z, h, w]
+        parts = torch.stack([x.double().sum() for x in (mean, mean.square(), std.square())])
+        self.sums, self.numbers = self.sums + parts.cpu(), self.numbers + mean.numel()
+        return self.model.decode(mean).clamp(-1, 1)
+
+    def result(self) -> dict[str, Any]:
+        mean, square, variance = (self.sums / self.numbers).tolist()
+        return {"latent_std": (square - mean**2 + variance) ** 0.5, "posterior_std": variance**0.5}
