@@ -146,9 +146,9 @@ def _checked(table: Mapping[str, Any], problems: list[str], what: str, whole: bo
 
 
 def _settings_in(problems: Sequence[str]) -> set[str]:
-    """Settings (`train.seed`) and sections (`[train]`) that are mentioned."""
+    """Settings (`train.seed`) and sections (`[train]`) that are mentioned; a kind stands for its section."""
     text = "\n".join(problems)
-    sections = {f"[{name}]" for name in re.findall(r"^([a-z]+):", text, re.MULTILINE)}
+    sections = {f"[{name}]" for name in re.findall(r"^([a-z]+)(?:\.kind)?:", text, re.MULTILINE)}
     return sections | set(re.findall(r"[a-z]+\.[a-z][a-z_0-9]*|\[[a-z]+\]", text))
 
 
@@ -202,11 +202,15 @@ def _lay(
         section, below = dict(value), merged.get(key)
         if "extends" in section:
             below = _parent(section.pop("extends"), f"{key}.extends", folder, chain, problems).get(key)
-        kinds = {each["kind"] for each in (section, below) if isinstance(each, dict) and "kind" in each}
-        if not isinstance(below, dict) or len(kinds) > 1:
+        if not isinstance(below, dict) or section.get("kind", _kind_of(key, below)) != _kind_of(key, below):
             below = {}
         merged[key] = {**below, **section}
     return merged
+
+
+def _kind_of(section: str, table: Mapping[str, Any]) -> Any:
+    """The kind that a section's table names, or the first of that section."""
+    return table.get("kind", next((kind for name, kind, _ in _all_settings() if name == section), ""))
 
 
 def _overrides(texts: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -278,10 +282,13 @@ def _kind(table: Any, sections: Sequence[type[Any]], path: str, problems: list[s
     """Build the section whose kind the table names."""
     kinds = {section.__dict__["kind"]: section for section in sections}
     kind = table.get("kind", next(iter(kinds))) if isinstance(table, Mapping) else None
-    if kind in kinds:
+    if kind in list(kinds):  # whatever was written, a list too
         return _section(table, kinds[kind], path, problems)
-    choices = " or ".join(f'"{each}"' for each in kinds)
-    problems.append(f"{path}.kind: expected {choices}, got {_show(kind) if kind is not None else 'nothing'}")
+    if kind is None:
+        problems.append(f"{path}: expected a section of settings, got {_show(table)}")
+    else:
+        choices = " or ".join(f'"{each}"' for each in kinds)
+        problems.append(f"{path}.kind: expected {choices}, got {_show(kind)}")
     return _BAD
 
 

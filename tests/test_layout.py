@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "tokenizers": {"models"},
     "checkpoints": {"models", "recipe", "settings"},
     "data": {"models", "tokenizers", "settings"},
-    "training": {"models", "tokenizers", "data", "checkpoints", "settings"},
+    "training": {"models", "tokenizers", "data", "checkpoints", "recipe", "settings"},
     "sampling": {"models", "tokenizers", "report"},
     "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},
 }

@@ -9,7 +9,7 @@ import tomli
 from hmar_cli.commands.recipes import transformer_parameters
 from hmar_cli.errors import UserError
 from hmar_cli.recipe import load_recipe, recipe_folder, recipe_from_dict, recipe_names, to_toml
-from hmar_cli.settings import MaskedObjective, MsvqObjective, NextScaleObjective, Recipe
+from hmar_cli.settings import Kl, KlObjective, MaskedObjective, MsvqObjective, NextScaleObjective, Recipe
 
 SIZES = {
     "var": ["d16", "d20", "d24", "d30", "d36-512", "tiny", "cifar10", "tin40"],
@@ -171,6 +171,14 @@ def test_a_section_that_changes_its_kind_starts_anew() -> None:
     assert recipe.objective == MaskedObjective(layers=4)
 
 
+def test_a_section_that_named_no_kind_is_of_the_first() -> None:
+    recipe = load_recipe(
+        "msvq-tiny", ["tokenizer.kind=kl", "tokenizer.channels=32", "objective.kind=kl", "objective.l2=0.5"]
+    )
+    assert recipe.tokenizer == Kl(channels=32)
+    assert recipe.objective == KlObjective(l2=0.5)
+
+
 def test_an_override_can_take_a_section_of_another_recipe() -> None:
     recipe = load_recipe("hmar-d16", ["optim.extends=hmar-d30", "optim.clip=1.5"])
     assert recipe.optim == dataclasses.replace(load_recipe("hmar-d30").optim, clip=1.5)
@@ -259,7 +267,14 @@ def test_an_unknown_key_is_answered_by_the_nearest(override: str, suggestion: st
             'expected "msvq" or "kl" or "next-scale" or "masked" or "masked-ar", got "gan"',
         ),
         ("hmar-d16", ["model.kind=masked"], 'model.kind: expected "next-scale" or "masked-ar", got "masked"'),
+        ("hmar-d16", ["model.kind=[1]"], 'model.kind: expected "next-scale" or "masked-ar", got [1]'),
         ("hmar-d16", ["model=3"], "model: expected a section of settings, got 3"),
+        ("hmar-d16", ["tokenizer.kind=kl"], 'tokenizer.kind: "next-scale" needs the kind "msvq", got "kl"'),
+        (
+            "hmar-d16",
+            ["sample.kind=masked-ar"],
+            'sample.kind: a model of kind "next-scale" needs "next-scale", got "masked-ar"',
+        ),
         ("hmar-d16", ["train.ema=1"], "train.ema: expected a number from 0 to"),
         ("hmar-d16", ["train.epochs=0"], "train.epochs: expected a number above 0, got 0"),
     ],
@@ -345,7 +360,7 @@ def test_a_non_square_recipe_survives_writing(tmp_path: Path) -> None:
 def test_the_written_recipe_is_complete() -> None:
     table = tomli.loads(to_toml(load_recipe("hmar-d30")))
     assert "extends" not in table
-    assert {each.name for each in dataclasses.fields(Recipe)} == set(table)
+    assert {each.name for each in dataclasses.fields(Recipe)} - {"text"} == set(table)  # it takes no captions
     assert table["objective"] == {"kind": "next-scale", "weighting": "lognormal", "label_drop": 0.1}
 
 

@@ -11,11 +11,11 @@ FLAT = {"lin0": 0.05, "lin": 0.15, "lin00": 0.0, "exp": 0.15}
 def learning_rate_factor(settings: Optim, step: int, steps: int) -> float:
     """Learning rate of a step, as a factor on the peak.
 
-    A straight line leads from `start_ratio` to 1 during the warm-up. After it, with x the share of what
-    remains: `lin`, `lin0` and `lin00` stay flat for 15, 5 and 0 % and then fall in a straight line, `lin<T>`
-    falls in two straight pieces that meet at x = T, halfway in height between the peak and the plain line,
-    `cos` is half a cosine, `exp` stays flat for 15 % and then falls exponentially. All but `constant` end at
-    `end_ratio`.
+    A straight line leads from `start_ratio` to 1 during the warm-up: `warmup_steps`, or else the share `warmup`
+    of the run. After it, with x the share of what remains: `lin`, `lin0` and `lin00` stay flat for 15, 5 and 0 %
+    and then fall in a straight line, `lin<T>` falls in two straight pieces that meet at x = T, halfway in height
+    between the peak and the plain line, `cos` is half a cosine, `exp` stays flat for 15 % and then falls
+    exponentially. All but `constant` end at `end_ratio`.
 
     Args:
         settings: the recipe's optimizer.
@@ -25,7 +25,7 @@ def learning_rate_factor(settings: Optim, step: int, steps: int) -> float:
     Raises:
         ValueError: an unknown schedule.
     """
-    warm = round(settings.warmup * steps)
+    warm = settings.warmup_steps or round(settings.warmup * steps)
     if step < warm:
         return settings.start_ratio + (1 - settings.start_ratio) * step / warm
     x = (step - warm) / max(steps - 1 - warm, 1)  # 0 to 1

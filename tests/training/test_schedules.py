@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -42,6 +43,16 @@ def test_constant_stays_at_its_peak_after_the_warm_up():
     assert factors[0] == 0.5
     assert factors[5] == pytest.approx(0.75)
     assert factors[10:] == [1.0] * 90
+
+
+def test_a_warm_up_in_steps_goes_before_its_share():
+    share = Optim(schedule="cos", warmup=0.1, start_ratio=0.0)
+    in_steps = dataclasses.replace(share, warmup=0.5, warmup_steps=20)
+    for step in range(200):
+        assert learning_rate_factor(in_steps, step, 200) == learning_rate_factor(share, step, 200)
+    assert learning_rate_factor(in_steps, 9, 10) == pytest.approx(
+        9 / 20
+    )  # a run that ends before its warm-up
 
 
 @pytest.mark.parametrize("kind", ["lin0", "lin", "lin00", "lin0.3", "cos", "exp"])
