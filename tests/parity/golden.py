@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-FAMILIES = ("msvq", "var", "hmar-nsp", "hmar-mp", "hmar-full", "sampling-filter", "loss-weights")
+FAMILIES = ("msvq", "var", "hmar-nsp", "hmar-mp", "hmar-full", "sampling-filter", "loss-weights", "klvae")
 """The families that tests of this folder cover; fixtures of others are listed in the test summary."""
 
 
@@ -99,6 +99,19 @@ def tolerance(description: dict[str, Any]) -> dict[str, float]:
     """Bounds for comparing floats: 1e-4, or less where the fixture says so."""
     said = description.get("tolerance", {})
     return {name: min(1e-4, float(said.get(name, 1e-4))) for name in ("atol", "rtol")}
+
+
+def bound(description: dict[str, Any], name: str) -> float:
+    """The largest `distance` that a fixture allows for a recorded tensor: 1e-5, or 20 times its noise floor."""
+    said = description["tolerance"]
+    return max(float(said["default"]), 20 * float(said["float32_noise_floor"].get(name, 0.0)))
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest magnitude of the recorded tensor; infinite for other shapes."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 def _read(path: Path) -> dict[str, Any]:
