@@ -4,8 +4,10 @@ Each format is a list of key patterns; a reader renames a published state dict t
 settings off the shapes, and accounts for every key. Files are read without unpickling anything but tensors.
 """
 
+import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,9 @@ LICENCES = {
     "var": "MIT (FoundationVision/VAR)",
     "msvq": "MIT (FoundationVision/VAR)",
     "hmar": "NVIDIA source code licence, non-commercial (NVlabs/HMAR)",
+    "kl": "MIT (LTH14/mar)",
+    "mar": "MIT (LTH14/mar)",
+    "himar": "none stated (HiDream-ai/himar): ask its authors before you share or use them",
 }
 
 _ATTENTION = {
@@ -101,21 +106,58 @@ class Imported:
 
 
 def read_file(path: Path) -> State:
-    """Read the tensors of a published file: safetensors, or a PyTorch file loaded with `weights_only`.
-
-    A training checkpoint that wraps its state dict (`trainer.var_wo_ddp`, `trainer.hmar_wo_ddp`, `model`,
-    `state_dict`) is unwrapped.
+    """Read the tensors of a published file: the raw weights, where it holds averaged ones too (`read_weights`).
 
     Raises:
         UserError: the file is missing, broken, would run code, or holds no state dict.
     """
+    return read_weights(path)["model"]
+
+
+def read_weights(path: Path) -> dict[str, State]:
+    """Read the weights of a published file: safetensors, or a PyTorch file loaded with `weights_only`.
+
+    A training checkpoint that wraps its state dict (`trainer.var_wo_ddp`, `trainer.hmar_wo_ddp`, `model`,
+    `state_dict`) is unwrapped. What it holds beside is never used: moments, counters and the run's arguments, the
+    only object beyond tensors and plain values that is let through.
+
+    Returns:
+        "model", and "ema" where a training checkpoint holds `model_ema`.
+
+    Raises:
+        UserError: the file is missing, broken, would run code, or holds no state dict.
+    """
+    loaded = _load(path)
+    averaged = loaded.get("model_ema") if isinstance(loaded, dict) else None
+    for wrapper in ("trainer", "model", "state_dict", "var_wo_ddp", "hmar_wo_ddp", "model_ema"):
+        inner = loaded.get(wrapper) if isinstance(loaded, dict) else None
+        if isinstance(inner, dict):
+            loaded = inner
+    sets = {"model": loaded}
+    if averaged is not None and averaged is not loaded:
+        sets["ema"] = averaged
+    return {name: _state(path, found) for name, found in sets.items()}
+
+
+def _state(path: Path, found: object) -> State:
+    """A state dict without the prefixes of wrapped modules."""
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()) or not found:
+        raise UserError(f"{path} holds no state dict", "expected a dictionary of tensors")
+    return {re.sub(r"^(module|_orig_mod)\.", "", k): v.detach() for k, v in found.items()}
+
+
+def _load(path: Path) -> object:
+    """What a file holds; of a PyTorch file, tensors stay on the disk until they are used."""
     if not path.is_file():
         raise UserError(
             f"no such file: {path}", "download the published file first; imports never fetch anything"
         )
     try:
-        safe = path.suffix == ".safetensors"
-        loaded = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        mapped = zipfile.is_zipfile(path)  # not so in files of PyTorch before 1.6
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds pickled objects beyond tensors, which could run code: refused",
@@ -123,13 +165,6 @@ def read_file(path: Path) -> State:
         ) from error
     except (RuntimeError, ValueError, EOFError, SafetensorError) as error:
         raise UserError(f"{path} is no readable checkpoint: {error}") from error
-    for wrapper in ("trainer", "model", "state_dict", "var_wo_ddp", "hmar_wo_ddp"):
-        inner = loaded.get(wrapper) if isinstance(loaded, dict) else None
-        if isinstance(inner, dict):
-            loaded = inner
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()) or not loaded:
-        raise UserError(f"{path} holds no state dict", "expected a dictionary of tensors")
-    return {re.sub(r"^(module|_orig_mod)\.", "", k): v for k, v in loaded.items()}
 
 
 def read_msvq(state: Mapping[str, Tensor]) -> Imported:
@@ -194,7 +229,8 @@ def _transformer_key(key: str, lower: int) -> str | None:
     return f"{'masked.' if match[1] == 'mask_' else ''}blocks.{index}.{_ATTENTION[match[3]]}"
 
 
-def require_known(unknown: list[str], format: str) -> None:
+def require_known(unknown: Sequence[str], format: str) -> None:
+    """Refuse keys that a format doesn't have, naming the first of them."""
     if unknown:
         raise UserError(
             f"{len(unknown)} keys don't belong to the published {format} format",
