@@ -1,22 +1,53 @@
 """Builders: from recipes and checkpoints to modules, which take plain arguments and never see a recipe."""
 
+from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from hmar_cli.checkpoints.store import Checkpoint, find_checkpoint, open_checkpoint
 from hmar_cli.errors import UserError
+from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
-from hmar_cli.settings import MaskedObjective, Msvq, MsvqObjective, NextScaleObjective, Recipe
+from hmar_cli.models.text import JointTextEncoder, tower_size
+from hmar_cli.settings import (
+    ClipText,
+    JointText,
+    Kl,
+    KlObjective,
+    MaskedAr,
+    MaskedArObjective,
+    MaskedObjective,
+    Msvq,
+    MsvqObjective,
+    NextScale,
+    NextScaleObjective,
+    Recipe,
+)
+from hmar_cli.tokenizers.kl import KlAutoencoder
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
+from hmar_cli.training.masked import MaskedArTraining
 from hmar_cli.training.next_scale import MaskedTraining, NextScaleTraining
 from hmar_cli.training.objective import Objective
-from hmar_cli.training.tokenizer import MsvqTraining
+from hmar_cli.training.tokenizer import KlTraining, MsvqTraining
 
 
-def build_tokenizer(settings: Msvq) -> MultiScaleVQ:
+Tokenizer = MultiScaleVQ | KlAutoencoder
+Model = NextScaleTransformer | MaskedTransformer
+
+
+def build_tokenizer(settings: Msvq | Kl) -> Tokenizer:
     """Build an untrained tokenizer."""
+    if isinstance(settings, Kl):
+        return KlAutoencoder(
+            channels=settings.channels,
+            multipliers=settings.multipliers,
+            res_blocks=settings.res_blocks,
+            z_channels=settings.z_channels,
+            attention=settings.attention,
+            latent_scale=settings.latent_scale,
+        )
     return MultiScaleVQ(
         channels=settings.channels,
         multipliers=settings.multipliers,
@@ -29,15 +60,22 @@ def build_tokenizer(settings: Msvq) -> MultiScaleVQ:
     )
 
 
-def build_model(recipe: Recipe) -> NextScaleTransformer:
-    """Build an untrained transformer, with a masked branch where the recipe's objective trains one.
+def build_model(recipe: Recipe) -> Model:
+    """Build an untrained model.
 
     Raises:
         UserError: the recipe has no model.
     """
-    model = recipe.model
-    if model is None:
+    if recipe.model is None:
         raise UserError(f"recipe '{recipe.name}' trains a tokenizer and has no [model]")
+    if isinstance(recipe.model, MaskedAr):
+        return _masked_model(recipe, recipe.model)
+    return _next_scale_model(recipe, recipe.model)
+
+
+def _next_scale_model(recipe: Recipe, model: NextScale) -> NextScaleTransformer:
+    """A VAR or HMAR, with a masked branch where the recipe's objective trains one."""
+    assert isinstance(recipe.tokenizer, Msvq)
     masked = recipe.objective if isinstance(recipe.objective, MaskedObjective) else None
     return NextScaleTransformer(
         scales=recipe.scales,
@@ -58,31 +96,66 @@ def build_model(recipe: Recipe) -> NextScaleTransformer:
     )
 
 
-def build_objective(
-    recipe: Recipe, tokenizer: MultiScaleVQ, model: NextScaleTransformer | None = None
-) -> Objective:
+def _masked_model(recipe: Recipe, model: MaskedAr) -> MaskedTransformer:
+    """A MAR or Hi-MAR, with the text encoder that is trained along."""
+    text, width, context = None, 0, model.buffer_size
+    if isinstance(recipe.text, JointText):
+        text = JointTextEncoder(
+            width=recipe.text.width,
+            depth=recipe.text.depth,
+            heads=recipe.text.heads,
+            context_length=recipe.text.context_length,
+        )
+        width, context = text.width, text.context_length
+    elif isinstance(recipe.text, ClipText):
+        context, width = tower_size(recipe.text.tower)
+    return MaskedTransformer(
+        grid=recipe.grid,
+        pivot_grid=recipe.pivot_grid,
+        channels=recipe.tokenizer.z_channels,
+        pivots=model.pivots,
+        num_classes=model.num_classes,
+        text_width=width,
+        text=text,
+        context=context,
+        encoder_depth=model.encoder_depth,
+        decoder_depth=model.decoder_depth,
+        width=model.width,
+        heads=model.heads,
+        mlp_ratio=model.mlp_ratio,
+        dropout=model.dropout,
+        scale_vector=model.scale_vector,
+        pivot_head=(
+            model.pivot_head,
+            model.pivot_head_depth,
+            model.pivot_head_width,
+            model.pivot_head_heads,
+        ),
+        dense_head=(
+            model.dense_head,
+            model.dense_head_depth,
+            model.dense_head_width,
+            model.dense_head_heads,
+        ),
+    )
+
+
+def build_objective(recipe: Recipe, tokenizer: Tokenizer, model: Model | None = None) -> Objective:
     """Build the objective of a recipe around the networks that it trains or reads."""
     settings = recipe.objective
+    chosen = {each.name: getattr(settings, each.name) for each in fields(settings)}
     if isinstance(settings, MsvqObjective):
-        return MsvqTraining(
-            tokenizer,
-            l1=settings.l1,
-            l2=settings.l2,
-            perceptual=settings.perceptual,
-            perceptual_weight=settings.perceptual_weight,
-            lpips_weights=settings.lpips_weights,
-            adversarial_weight=settings.adversarial_weight,
-            adversarial_start=settings.adversarial_start,
-            discriminator_channels=settings.discriminator_channels,
-            commitment=settings.commitment,
-            revive_after=settings.revive_after,
-        )
-    if model is None:
-        raise ValueError("expected a model for an objective that trains one")
+        assert isinstance(tokenizer, MultiScaleVQ)
+        return MsvqTraining(tokenizer, **chosen)
+    if isinstance(settings, KlObjective):
+        assert isinstance(tokenizer, KlAutoencoder)
+        return KlTraining(tokenizer, **chosen)
+    if isinstance(settings, MaskedArObjective):
+        assert isinstance(model, MaskedTransformer) and isinstance(tokenizer, KlAutoencoder)
+        return MaskedArTraining(model, latent_scale=tokenizer.latent_scale, **chosen)
+    assert isinstance(model, NextScaleTransformer) and isinstance(tokenizer, MultiScaleVQ)
     if isinstance(settings, NextScaleObjective):
-        return NextScaleTraining(
-            model, tokenizer.quantizer, weighting=settings.weighting, label_drop=settings.label_drop
-        )
+        return NextScaleTraining(model, tokenizer.quantizer, **chosen)
     return MaskedTraining(model, tokenizer.quantizer, label_drop=settings.label_drop)
 
 
@@ -96,14 +169,14 @@ def find_tokenizer(path: str | Path) -> Checkpoint:
     if (folder / "manifest.json").is_file():
         folder = folder / "tokenizer"
     checkpoint = open_checkpoint(find_checkpoint(folder))
-    if checkpoint.kind != "msvq":
+    if checkpoint.kind not in ("msvq", "kl"):
         if checkpoint.tokenizer is None:
             raise UserError(f"{folder} holds a model without its tokenizer", "pass a tokenizer's checkpoint")
         checkpoint = open_checkpoint(checkpoint.tokenizer)
     return checkpoint
 
 
-def load_tokenizer(path: str | Path) -> MultiScaleVQ:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from its checkpoint or run folder, or the one carried by a cache or a model's checkpoint.
 
     Returns:
@@ -120,7 +193,7 @@ def load_tokenizer(path: str | Path) -> MultiScaleVQ:
 
 def load_model(
     path: str | Path, which: str = "", tokenizer: str | Path | None = None
-) -> tuple[NextScaleTransformer, MultiScaleVQ, Checkpoint]:
+) -> tuple[Model, Tokenizer, Checkpoint]:
     """Load a model and its tokenizer.
 
     Args:
@@ -135,7 +208,7 @@ def load_model(
         UserError: nothing of the sort lies there, or its weights don't fit.
     """
     checkpoint = open_checkpoint(find_checkpoint(Path(path)))
-    if checkpoint.kind == "msvq":
+    if checkpoint.kind in ("msvq", "kl"):
         raise UserError(f"{path} holds a tokenizer, not a model", "pass the checkpoint of a model")
     model = build_model(checkpoint.recipe)
     load_weights(model, checkpoint.load(which), checkpoint.folder)
@@ -145,9 +218,24 @@ def load_model(
             f"the model was trained on tokenizer {checkpoint.tokenizer_hash}, this one is {codec.fingerprint()}",
             "pass the tokenizer that the model was trained on",
         )
-    if codec.scales != model.scales:
-        raise UserError(f"the model has scales {model.scales.sides()}, the tokenizer {codec.scales.sides()}")
+    _require_fit(model, codec)
     return model.eval(), codec, checkpoint
+
+
+def _require_fit(model: Model, tokenizer: Tokenizer) -> None:
+    """Compare what a model writes with what a tokenizer reads.
+
+    Raises:
+        UserError: another kind, other scales, or other channels.
+    """
+    if isinstance(model, NextScaleTransformer) and isinstance(tokenizer, MultiScaleVQ):
+        ours, theirs = f"scales {model.scales.sides()}", f"scales {tokenizer.scales.sides()}"
+    elif isinstance(model, MaskedTransformer) and isinstance(tokenizer, KlAutoencoder):
+        ours, theirs = f"{model.channels} latent channels", f"{tokenizer.z_channels} latent channels"
+    else:
+        ours, theirs = type(model).__name__, type(tokenizer).__name__
+    if ours != theirs:
+        raise UserError(f"model and tokenizer don't fit: the one has {ours}, the other {theirs}")
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], origin: Path) -> None:

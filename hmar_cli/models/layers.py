@@ -129,17 +129,49 @@ class ScaleAttention(nn.Module):
         return self.proj(out.flatten(2))  # type: ignore[no-any-return]
 
 
-class FeedForward(nn.Module):
-    """Two linear layers with a tanh-GELU between."""
+class SelfAttention(nn.Module):
+    """Softmax self-attention of every token to every token.
 
-    def __init__(self, width: int, hidden: int) -> None:
+    Args:
+        width: C.
+        heads: H.
+        dropout: of the attention weights, and of what is projected.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend within x [B, L, C]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B, H, L, D]
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        y = self.proj(y.transpose(1, 2).flatten(2))  # [B, L, C]
+        return F.dropout(y, self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between.
+
+    Args:
+        width: C.
+        hidden: numbers between the layers.
+        exact: the GELU itself, not its tanh approximation.
+        dropout: behind both layers.
+    """
+
+    def __init__(self, width: int, hidden: int, *, exact: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.approximate, self.dropout = "none" if exact else "tanh", dropout
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., C] to [..., C]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))  # type: ignore[no-any-return]
+        y = F.dropout(F.gelu(self.fc1(x), approximate=self.approximate), self.dropout, self.training)
+        return F.dropout(self.fc2(y), self.dropout, self.training)
 
 
 class Block(nn.Module):

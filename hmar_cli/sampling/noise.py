@@ -4,12 +4,15 @@ Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
 comes out the same whatever the batch size, the number of processes or the order of work.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+_ORDERS = 1 << 31  # steps from there on are random orders
 
 
 def _multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
@@ -38,8 +41,19 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
+def _open_unit(word: Tensor) -> Tensor:
+    """Words below 2^32 as float32 in (0, 1)."""
+    return ((word >> 9).float() + 0.5) * 2.0**-23
+
+
+def _box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent normal numbers of two uniform ones in (0, 1)."""
+    radius = (-2 * u.log()).sqrt()
+    return radius * (2 * math.pi * v).cos(), radius * (2 * math.pi * v).sin()
+
+
 class PhiloxNoise:
-    """Draws tokens for a batch of images.
+    """Random numbers for a batch of images.
 
     Args:
         seed: in [0, 2^64).
@@ -56,7 +70,34 @@ class PhiloxNoise:
         position = torch.arange(positions, device=image.device)[None]
         step_word = torch.full_like(image, step)
         word, *_ = philox((position, step_word, image & _WORD, image >> 32), self.key)  # broadcast to [B, n]
-        return ((word >> 9).float() + 0.5) * 2.0**-23
+        return _open_unit(word)
+
+    def order(self, phase: int, n: int) -> Tensor:
+        """Permutations [B, n] int64 of the n tokens of a phase."""
+        return self.uniform(_ORDERS + phase, n).argsort(dim=1)
+
+    def normal(self, phase: int, step: int, draws: range, places: Tensor, channels: int) -> Tensor:
+        """Standard normal numbers, a function of (seed, image, phase, step, draw, place, channel) alone.
+
+        Args:
+            phase: 0 or 1.
+            step: of the phase, below 2^14.
+            draws: numbers of draws within the step, below 2^14.
+            places: [B, m] int64, places of the tokens.
+            channels: C.
+
+        Returns:
+            [len(draws), B, m, C] float32.
+        """
+        quads = -(-channels // 4)  # a counter gives four numbers
+        word = ((phase << 14) + step << 14) + torch.arange(draws.start, draws.stop, device=places.device)
+        quad = torch.arange(quads, device=places.device)
+        position = places[..., None] * quads + quad  # [B, m, q]
+        image = self.images[:, None, None]
+        words = philox((position, word[:, None, None, None], image & _WORD, image >> 32), self.key)
+        a, b, c, d = (_open_unit(each) for each in words)  # [draws, B, m, q] each
+        pairs = [radius_angle for pair in ((a, b), (c, d)) for radius_angle in _box_muller(*pair)]
+        return torch.stack(pairs, dim=-1).flatten(-2)[..., :channels]
 
     def draw(self, probabilities: Tensor, step: int) -> Tensor:
         """Draw one token a position by inverting the cumulative distribution.

@@ -12,7 +12,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-FAMILIES = ("msvq", "var", "hmar-nsp", "hmar-mp", "hmar-full", "sampling-filter", "loss-weights", "klvae")
+FAMILIES = (
+    "msvq",
+    "var",
+    "hmar-nsp",
+    "hmar-mp",
+    "hmar-full",
+    "sampling-filter",
+    "loss-weights",
+    "klvae",
+    "diffusion",
+    "mar",
+    "himar",
+    "sincos",
+    "schedules",
+)
 """The families that tests of this folder cover; fixtures of others are listed in the test summary."""
 
 
