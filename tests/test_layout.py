@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "data": {"models", "tokenizers", "settings"},
     "training": {"models", "tokenizers", "data", "checkpoints", "recipe", "settings"},
     "sampling": {"models", "tokenizers", "report"},
+    "evaluation": {"models", "tokenizers", "data"},
     "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},
 }
 

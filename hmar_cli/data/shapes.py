@@ -73,7 +73,7 @@ def draw(index: int, *, size: tuple[int, int], seed: int = 0) -> Drawing:
     radius = rng.uniform(0.24, 0.38)  # of the short side
     room_y, room_x = (side / min(size) / 2 - radius * 1.02 for side in size)
     centre = (rng.uniform(-1, 1) * max(room_y, 0), rng.uniform(-1, 1) * max(room_x, 0))
-    mask = _mask(SHAPES[label], size, centre, radius, angle=rng.uniform(-0.45, 0.45))
+    mask = shape_mask(SHAPES[label], size, centre, radius, angle=rng.uniform(-0.45, 0.45))
     shadow = _shadow(mask, min(size), depth=rng.uniform(0.15, 0.35))
     picture *= 1 - shadow[..., None]
     paint = _shade(COLOURS[colour], size, rng, strength=0.14)
@@ -98,10 +98,18 @@ def _shade(
     return shaded
 
 
-def _mask(
+def shape_mask(
     shape: str, size: tuple[int, int], centre: tuple[float, float], radius: float, angle: float
 ) -> Image.Image:
-    """How far each pixel is covered by the shape, 0 to 255, from a drawing four times as large."""
+    """How far each pixel is covered by a shape, 0 to 255, from a drawing four times as large.
+
+    Args:
+        shape: one of `SHAPES`.
+        size: rows and columns.
+        centre: its middle, (down, right) from the picture's; this and `radius` in parts of the short side.
+        radius: of the circle that about holds it.
+        angle: it is turned by this much clockwise, in radians.
+    """
     factor = 4 if max(size) <= 1024 else 2
     unit = min(size) * factor
     mask = Image.new("L", (size[1] * factor, size[0] * factor))
