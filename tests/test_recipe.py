@@ -6,19 +6,33 @@ from pathlib import Path
 import pytest
 import tomli
 
-from hmar_cli.commands.recipes import transformer_parameters
 from hmar_cli.errors import UserError
 from hmar_cli.recipe import load_recipe, recipe_folder, recipe_from_dict, recipe_names, to_toml
-from hmar_cli.settings import Kl, KlObjective, MaskedObjective, MsvqObjective, NextScaleObjective, Recipe
+from hmar_cli.settings import (
+    Kl,
+    KlObjective,
+    MaskedAr,
+    MaskedArObjective,
+    MaskedArSample,
+    MaskedObjective,
+    MsvqObjective,
+    NextScaleObjective,
+    Recipe,
+)
+from hmar_cli.sizes import model_parameters
 
 SIZES = {
     "var": ["d16", "d20", "d24", "d30", "d36-512", "tiny", "cifar10", "tin40"],
     "hmar": ["d16", "d20", "d24", "d30", "d24-512", "d16-1024", "tiny", "cifar10", "tin40"],
     "msvq": ["256", "512", "1024", "tiny", "cifar10", "tin40"],
+    "mar": ["b", "l", "h", "tiny", "cifar10", "tin40"],
+    "himar": ["b", "l", "h", "b-paper", "tiny", "cifar10", "tin40"],
 }
+ABLATION = ["visual", "mlp", "no-scale", "transformer-pivots"]  # Hi-MAR's Table 5, rows 2 to 5
 REQUIRED = {f"{family}-{size}" for family, sizes in SIZES.items() for size in sizes} | {
     f"hmar-{size}-masked" for size in SIZES["hmar"]
 }
+REQUIRED |= {f"himar-{size}-{row}" for size in ("b", "cifar10") for row in ABLATION}
 
 
 def mistakes(name: str, *overrides: str) -> list[str]:
@@ -128,10 +142,68 @@ def test_published_training_settings(
         ("hmar-d20-masked", 845_517_872),
         ("hmar-d24-masked", 1_384_328_960),
         ("hmar-d30-masked", 2_556_324_212),
+        ("mar-b", 207_924_768),
+        ("mar-l", 478_326_304),
+        ("mar-h", 942_403_104),
+        ("himar-b", 244_468_016),
+        ("himar-l", 529_228_336),
+        ("himar-h", 1_090_572_592),
     ],
 )
 def test_the_closed_formula_gives_the_published_parameter_counts(name: str, parameters: int) -> None:
-    assert transformer_parameters(load_recipe(name)) == parameters
+    assert model_parameters(load_recipe(name)) == parameters
+
+
+@pytest.mark.parametrize(("row", "millions"), zip(ABLATION, (245, 245, 239, 233), strict=True))
+def test_the_rows_of_the_ablation_have_the_sizes_of_the_paper(row: str, millions: int) -> None:
+    parameters = model_parameters(load_recipe(f"himar-b-{row}"))
+    assert parameters is not None
+    assert int(parameters / 1e6) == millions
+
+
+@pytest.mark.parametrize("size", ["b", "cifar10"])
+def test_the_rows_of_the_ablation_differ_in_what_table_5_says_alone(size: str) -> None:
+    def row(name: str) -> tuple[str, str, str, str]:
+        recipe = load_recipe(name)
+        model = recipe.model
+        assert isinstance(model, MaskedAr)
+        assert (recipe.optim, recipe.train, recipe.objective, recipe.sample, recipe.data) == (
+            (whole.optim, whole.train, whole.objective, whole.sample, whole.data)
+        )
+        return model.pivots, model.pivot_head, model.dense_head, model.scale_vector
+
+    whole = load_recipe(f"himar-{size}")
+    assert [row(f"himar-{size}{each}") for each in ["", *(f"-{row}" for row in ABLATION)]] == [
+        ("conditional", "mlp", "transformer", "table"),
+        ("visual", "mlp", "mlp", "none"),
+        ("conditional", "mlp", "mlp", "none"),
+        ("conditional", "mlp", "transformer", "none"),
+        ("conditional", "transformer", "transformer", "none"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "cfg", "pivot_cfg"),
+    [("himar-b", 4, 2.5, 2.7), ("himar-l", 4, 3.5, 3.5), ("himar-h", 12, 3.2, 5.5)],
+)
+def test_published_settings_of_himar(name: str, steps: int, cfg: float, pivot_cfg: float) -> None:
+    recipe = load_recipe(name)
+    optim, train, sample, objective = recipe.optim, recipe.train, recipe.sample, recipe.objective
+    assert (optim.base_lr * train.batch_size / 256, optim.schedule, optim.warmup) == (8e-4, "constant", 1 / 8)
+    assert (optim.betas, optim.weight_decay, optim.clip, train.epochs) == ((0.9, 0.95), 0.02, 3.0, 800)
+    assert (train.ema, recipe.grid, recipe.pivot_grid) == (0.9999, (16, 16), (8, 8))
+    assert isinstance(sample, MaskedArSample) and isinstance(objective, MaskedArObjective)
+    assert (sample.steps, sample.cfg, sample.pivot_cfg) == (steps, cfg, pivot_cfg)
+    assert (sample.pivot_steps, sample.head_steps, sample.pivot_head_steps) == (32, 250, 100)
+    assert objective.pivot_weight == pytest.approx(2 * 64 / 320)
+    assert objective.dense_weight == pytest.approx(0.75 * 256 / 320)
+
+
+@pytest.mark.parametrize("size", ["tiny", "cifar10", "tin40"])
+def test_small_mar_and_himar_share_data_and_tokenizer(size: str) -> None:
+    mar, himar = load_recipe(f"mar-{size}"), load_recipe(f"himar-{size}")
+    kl = load_recipe(f"kl-{size}")
+    assert (mar.data, mar.tokenizer) == (himar.data, himar.tokenizer) == (kl.data, kl.tokenizer)
 
 
 # Overrides

@@ -1,6 +1,7 @@
 """`hmar recipes`: list, show, compare and check recipes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,8 @@ import typer
 
 from hmar_cli.errors import UserError
 from hmar_cli.recipe import flat, load_recipe, recipe_names, recipe_path, to_dict, to_toml
-from hmar_cli.settings import MaskedObjective, Recipe
+from hmar_cli.settings import MaskedAr, Msvq, NextScale, Recipe
+from hmar_cli.sizes import model_parameters
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="List, show, compare and check recipes."
@@ -43,7 +45,8 @@ def list_recipes(as_json: Json = False) -> None:
         column.justify = "left" if column.header in ("recipe", "what", "data") else "right"
     for row in rows:
         parameters = f"{row['parameters'] / 1e6:.0f}M" if row["parameters"] else ""
-        table.add_row(*(str(row[key]) for key in ("name", "what", "data", "size", "tokens")), parameters)
+        tokens = f"{row['pivots']} + {row['tokens']}" if row["pivots"] else str(row["tokens"])
+        table.add_row(*(str(row[key]) for key in ("name", "what", "data", "size")), tokens, parameters)
     Console().print(table)
 
 
@@ -136,39 +139,33 @@ def _mistakes(name: str) -> tuple[str, ...]:
 
 
 def _summary(recipe: Recipe) -> dict[str, Any]:
-    pattern = recipe.model.pattern if recipe.model else None
-    family = {None: "tokenizer", "causal": "VAR", "diagonal": "HMAR"}[pattern]
     source = Path(recipe.data.source.removeprefix("builtin:"))
     data = source.parent.name if source.name == "train" else source.stem.removesuffix("-train")
     return {
         "name": recipe.name,
-        "what": f"{family}, masked" if recipe.objective.kind == "masked" else family,
+        "what": _family(recipe),
         "description": recipe.description,
         "data": data,
         "size": recipe.data.size,
-        "tokens": recipe.scales.total,
-        "parameters": transformer_parameters(recipe),
+        "tokens": recipe.scales.total if isinstance(recipe.tokenizer, Msvq) else math.prod(recipe.grid),
+        "pivots": _pivots(recipe),
+        "parameters": model_parameters(recipe),
     }
 
 
-def transformer_parameters(recipe: Recipe) -> int | None:
-    """Parameters of the recipe's transformer by a closed formula, without building it; None if there is none.
+def _family(recipe: Recipe) -> str:
+    """What a recipe trains, in a word or two."""
+    model = recipe.model
+    if isinstance(model, NextScale):
+        family = {"causal": "VAR", "diagonal": "HMAR"}[model.pattern]
+        return f"{family}, masked" if recipe.objective.kind == "masked" else family
+    if isinstance(model, MaskedAr):
+        family = "MAR" if model.pivots == "none" else "Hi-MAR"
+        return f"{family}, text" if recipe.text else family
+    return "tokenizer" if isinstance(recipe.tokenizer, Msvq) else "KL tokenizer"
 
-    A masked recipe counts the merged model: the shared blocks, and two copies of the finetuned ones.
-    """
-    model, tokenizer, scales = recipe.model, recipe.tokenizer, recipe.scales
-    if model is None:
-        return None
-    width, hidden, vocabulary = model.width, round(model.width * model.mlp_ratio), tokenizer.vocab_size
-    modulation = width * 6 * width + 6 * width
-    attention = 3 * width * width + 2 * width + model.heads + width * width + width
-    block = (
-        attention + 2 * width * hidden + hidden + width + (6 * width if model.shared_adaln else modulation)
-    )
-    head = width * 2 * width + 2 * width + width * vocabulary + vocabulary  # modulated norm, then logits
-    embeddings = (model.num_classes + 1 + scales.lengths[0] + scales.total + len(scales)) * width
-    inputs = tokenizer.z_channels * width + width
-    total = embeddings + inputs + model.depth * block + head + (modulation if model.shared_adaln else 0)
-    if isinstance(recipe.objective, MaskedObjective):
-        total += recipe.objective.layers * block + head + width  # and the mask embedding
-    return total
+
+def _pivots(recipe: Recipe) -> int:
+    """Low-resolution tokens in front of the dense ones."""
+    with_pivots = isinstance(recipe.model, MaskedAr) and recipe.model.pivots != "none"
+    return math.prod(recipe.pivot_grid) if with_pivots and recipe.pivot_grid else 0

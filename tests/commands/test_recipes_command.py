@@ -28,6 +28,12 @@ def test_list_as_json() -> None:
     assert rows["hmar-d16"]["tokens"] == 680
     assert rows["hmar-d16-masked"]["what"] == "HMAR, masked"
     assert rows["msvq-tiny"]["data"] == "shapes"
+    himar, mar = rows["himar-l"], rows["mar-tiny"]
+    assert (himar["what"], himar["tokens"], himar["pivots"], himar["parameters"]) == (
+        ("Hi-MAR", 256, 64, 529_228_336)
+    )
+    assert (mar["what"], mar["tokens"], mar["pivots"]) == ("MAR", 64, 0)
+    assert rows["kl-tiny"]["what"] == "KL tokenizer"
 
 
 def test_show_prints_a_recipe_that_loads_again() -> None:
