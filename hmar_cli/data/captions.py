@@ -1,0 +1,86 @@
+"""What a cache keeps of captions, and a model gets of prompts: token ids, or the embeddings of a frozen tower."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hmar_cli.errors import UserError
+from hmar_cli.settings import ClipText, JointText
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH = 128  # captions that a tower encodes at once
+
+
+def describe(settings: ClipText | JointText) -> str:
+    """Name what encodes captions, as caches record it: "ids:<tokens>" or "clip:<tower>:<weights>"."""
+    if isinstance(settings, JointText):
+        return f"ids:{settings.context_length}"
+    return f"clip:{settings.tower}:{settings.weights}"
+
+
+def caption_encoder(
+    settings: ClipText | JointText, device: "torch.device | str"
+) -> Callable[[Sequence[str]], npt.NDArray[Any]]:
+    """Make the function that encodes captions for a recipe's `[text]`.
+
+    Letters: n captions, T tokens of a caption, W width of the tower.
+
+    Args:
+        settings: the recipe's.
+        device: where a frozen tower runs.
+
+    Returns:
+        From n captions to ids (n, T) uint16, or to embeddings (n, T, W) float16. A caption's embeddings may differ
+        in their last bits with the captions encoded beside it.
+
+    Raises:
+        UserError: a tower, a tag or a file that is not there or not to be read.
+    """
+    if isinstance(settings, JointText):
+        length = settings.context_length
+        return lambda captions: _ids(captions, length)
+    return _frozen_tower(settings, device)
+
+
+def _ids(captions: Sequence[str], length: int) -> npt.NDArray[np.uint16]:
+    from hmar_cli.models.text import tokenize
+
+    return tokenize(captions, length).numpy().astype(np.uint16)
+
+
+def _frozen_tower(
+    settings: ClipText, device: "torch.device | str"
+) -> Callable[[Sequence[str]], npt.NDArray[Any]]:
+    import torch
+
+    from hmar_cli.models.text import ClipTextEncoder
+
+    try:
+        tower = ClipTextEncoder.from_pretrained(settings.tower, settings.weights).to(device)
+    except ConnectionError as error:
+        hint = (
+            "download the file elsewhere and say --set text.weights=FILE, or train one's own: text.kind=joint"
+        )
+        raise UserError(str(error), hint) from error
+    except FileNotFoundError as error:
+        raise UserError(str(error), "text.weights is a tag of open_clip, or a file of weights") from error
+    except ValueError as error:
+        raise UserError(f"[text]: {error}", "see text.tower and text.weights of the recipe") from error
+
+    @torch.inference_mode()
+    def encode(captions: Sequence[str]) -> npt.NDArray[np.float16]:
+        parts = [captions[i : i + BATCH] for i in range(0, len(captions), BATCH)] or [captions]
+        hidden = torch.cat([tower(tower.tokenize(part).to(device)) for part in parts])  # n T W
+        half = hidden.half().cpu().numpy()
+        if not np.isfinite(half).all():
+            raise UserError(
+                f"{describe(settings)} gave embeddings that are not finite in 16 bits",
+                "its weights are broken",
+            )
+        return half
+
+    return encode
