@@ -2,7 +2,7 @@
 
 Epoch e goes through a permutation seeded by (seed, e). Micro-step m of all processes together takes the m-th
 `world * batch_size` places of it, process r the r-th `batch_size` of those; places left over at the end of an
-epoch are dropped. Crops, mirroring and views are random by (seed, epoch, index).
+epoch are dropped. Crops, mirroring, views and captions are random by (seed, epoch, index).
 """
 
 import itertools
@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from hmar_cli.console import console
 from hmar_cli.data.ahead import prefetch
-from hmar_cli.data.cache import Cache
-from hmar_cli.data.sources import Example, ImageSource
+from hmar_cli.data.cache import Array, Cache
+from hmar_cli.data.images import Example, ImageSource
 from hmar_cli.data.transforms import Crop, Pixels, image_transform
 from hmar_cli.errors import UserError
 from hmar_cli.models.scales import Side
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Indices = npt.NDArray[np.int64]
-ORDER, VIEW, PLACE, MIRROR = range(4)  # what random numbers are for
+ORDER, VIEW, PLACE, MIRROR, CAPTION = range(5)  # what random numbers are for
 FETCH = 4096  # images gathered from a cache at once
+FETCH_BYTES = 32 << 20  # and how many bytes they may have, unless one batch has more
+THREADED = 4096  # bytes of an image from which on a thread reads ahead
 KEEP = 2 << 30  # bytes of scaled images kept in memory
 
 
@@ -73,53 +75,69 @@ def cache_batches(
     world: int = 1,
     mirror: bool = True,
 ) -> "Iterator[dict[str, Tensor]]":
-    """Yield batches of a cache without end, each image in a random view.
+    """Yield batches of a cache without end, each image in a random view and with a random caption.
+
+    The view is the same in all arrays that have views; the caption is chosen by itself.
 
     Args:
         cache: the cache.
         batch_size: images of a batch.
-        seed: of order and views.
+        seed: of order, views and captions.
         start: micro-step to begin with.
         rank: which process this is.
         world: how many processes there are.
         mirror: whether mirrored views are taken too, where the cache has them.
 
     Yields:
-        {"tokens": int64 (b, L), "label": int64 (b,), "index": int64 (b,)}
+        "label" and "index", int64 (b,), and one row an image of each array of the cache: whole numbers
+        ("tokens" (b, L), ids of "text" (b, T)) as int64, half floats ("moments" (b, 2Z, h, w), "pivot_moments",
+        embeddings of "text" (b, T, W)) as float32.
     """
-    steps = order(len(cache), batch_size=batch_size, seed=seed, start=start, rank=rank, world=world)
-    return _cache_batches(cache, steps, batch_size, seed, mirror)
-
-
-def _cache_batches(
-    cache: Cache, steps: Iterator[tuple[int, Indices]], batch_size: int, seed: int, mirror: bool
-) -> "Iterator[dict[str, Tensor]]":
     import torch
 
-    epoch, views = -1, np.empty(0, np.int64)
+    steps = order(len(cache), batch_size=batch_size, seed=seed, start=start, rank=rank, world=world)
+    stored = _stored_batches(cache, steps, batch_size, seed, mirror)
+    # small rows are read much faster than a model takes them; a thread would only delay them
+    for batch in prefetch(stored, 4) if cache.row_bytes > THREADED else stored:
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        # here, not ahead: in a thread of its own torch would start a second team of OpenMP threads
+        yield {
+            name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+        }
+
+
+def _stored_batches(
+    cache: Cache, steps: Iterator[tuple[int, Indices]], batch_size: int, seed: int, mirror: bool
+) -> Iterator[dict[str, Array]]:
+    """Batches with floating-point numbers as they are stored."""
+    images = min(FETCH, FETCH_BYTES // cache.row_bytes)
+    epoch = -1
     while True:
-        block = list(itertools.islice(steps, max(1, FETCH // batch_size)))
-        chosen = []
+        block = list(itertools.islice(steps, max(1, images // batch_size)))
+        chosen: dict[str, list[Indices]] = {"view": [], "caption": []}
         for number, indices in block:
             if number != epoch:
-                epoch, views = number, _view_choice(cache, seed, number, mirror)
-            chosen.append(views[indices])
+                epoch, rows = number, _row_choice(cache, seed, number, mirror)
+            for per, found in chosen.items():
+                found.append(rows[per][indices])
         every = np.concatenate([indices for _, indices in block])
-        tokens = cache.fetch("tokens", every, np.concatenate(chosen))
+        picked = {per: np.concatenate(found) for per, found in chosen.items()}
+        arrays = {name: cache.fetch(name, every, picked[cache.per(name)]) for name in cache.manifest.arrays}
         for place, (_, indices) in enumerate(block):
-            rows = tokens[place * batch_size : (place + 1) * batch_size]
-            yield {
-                "tokens": torch.from_numpy(rows.astype(np.int64)),
-                "label": torch.from_numpy(cache.labels[indices]),
-                "index": torch.from_numpy(indices.copy()),
-            }
+            part = slice(place * batch_size, (place + 1) * batch_size)
+            batch = {name: array[part] for name, array in arrays.items()}
+            whole = {name: a.astype(np.int64) for name, a in batch.items() if a.dtype.kind != "f"}
+            yield batch | whole | {"label": cache.labels[indices], "index": indices.copy()}
 
 
-def _view_choice(cache: Cache, seed: int, epoch: int, mirror: bool) -> Indices:
-    """The view of every image in an epoch, (count,)."""
+def _row_choice(cache: Cache, seed: int, epoch: int, mirror: bool) -> dict[str, Indices]:
+    """The "view" and the "caption" of every image in an epoch, (count,) each."""
     step = 2 if cache.manifest.mirror and not mirror else 1  # mirrored views are the odd ones
-    rng = np.random.default_rng([seed, epoch, VIEW])
-    return rng.integers(cache.manifest.views // step, size=len(cache)) * step
+    views = np.random.default_rng([seed, epoch, VIEW]).integers(cache.manifest.views // step, size=len(cache))
+    captions = np.random.default_rng([seed, epoch, CAPTION]).integers(
+        max(cache.manifest.captions, 1), size=len(cache)
+    )
+    return {"view": views * step, "caption": captions}
 
 
 def image_batches(

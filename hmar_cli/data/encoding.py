@@ -1,30 +1,35 @@
-"""From a source of images to a cache of tokens: the work of `hmar tokenize`."""
+"""From a source of images to a cache of tokens or latents: the work of `hmar tokenize`."""
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 
 from hmar_cli.console import console, progress
 from hmar_cli.data.batches import cache_batches
-from hmar_cli.data.cache import Cache, CacheSettings, CacheWriter, Encode, Manifest
-from hmar_cli.data.sources import Example, ImageSource
-from hmar_cli.data.transforms import Pixels, height_width, to_tensor
+from hmar_cli.data.cache import Cache, CacheSettings, Manifest
+from hmar_cli.data.encoders import Tokenizer, image_encoder, measure_latent_scale, view_shapes
+from hmar_cli.data.images import Example, ImageSource
+from hmar_cli.data.transforms import height_width
+from hmar_cli.data.verify import verify_sample
+from hmar_cli.data.writer import CacheWriter, EncodeText
 from hmar_cli.errors import UserError
+from hmar_cli.files import read_json
 from hmar_cli.settings import Data
-
-if TYPE_CHECKING:
-    from hmar_cli.tokenizers.msvq import MultiScaleVQ
+from hmar_cli.tokenizers.kl import KlAutoencoder
+from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 SHOWN = 20  # skipped images that are named on the screen
 AGREEMENT = 0.98
-"""Share of numbers that a verification must find equal. On the machine that made the cache all are; another one
-rounds differently, which moves a token in a thousand, while a wrong image or tokenizer changes most."""
+"""Share of numbers that a verification must find equal, in every array. On the machine that made the cache all are;
+another one rounds differently, which moves a token in a thousand, while a wrong image or tokenizer changes most."""
+SHARD_BYTES = 1 << 30  # of a shard at most, where its size is not given
+EMBEDDED = 77 * 1024 * 2  # bytes of a caption's embeddings, as CLIP's larger towers make them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,77 +52,129 @@ class Options:
 
 
 def settings_for(
-    source: ImageSource, tokenizer: "MultiScaleVQ", data: Data, *, limit: int, shard_size: int, seed: int
+    source: ImageSource,
+    tokenizer: Tokenizer,
+    data: Data,
+    *,
+    limit: int,
+    shard_size: int,
+    seed: int,
+    text: str = "",
 ) -> CacheSettings:
     """Describe the cache that a recipe's `[data]` and a tokenizer make of a source.
-
-    Raises:
-        UserError: a size that the tokenizer cannot encode.
-    """
-    height, width = height_width(data.size)
-    rows, columns = tokenizer.scales.grid
-    fits = (rows * tokenizer.stride, columns * tokenizer.stride)
-    if (height, width) != fits:
-        raise UserError(
-            f"this tokenizer encodes images of {fits[0]} x {fits[1]} pixels, the recipe asks for "
-            f"{height} x {width}",
-            f"--set data.size={fits[0] if fits[0] == fits[1] else list(fits)}",
-        )
-    length = source.length if source.random_access else None  # a stream may be wrong about its length
-    if limit:
-        length = limit if length is None else min(limit, length)
-    return CacheSettings(
-        source=source.name,
-        length=length,
-        class_names=source.class_names,
-        tokenizer_hash=tokenizer.fingerprint(),
-        scales=tokenizer.scales.sides(),
-        vocab_size=tokenizer.vocab_size,
-        size=(height, width),
-        crop=data.crop,
-        crops=data.crops,
-        mirror=data.mirror,
-        seed=seed,
-        shard_size=shard_size,
-    )
-
-
-def token_encoder(tokenizer: "MultiScaleVQ", device: torch.device) -> Encode:
-    """Make the encoder of a tokenizer: images to {"tokens": (n, L) uint16}; recipes allow no larger codebook."""
-    tokenizer = tokenizer.to(device).eval()
-
-    @torch.inference_mode()
-    def encode(pixels: Pixels) -> dict[str, np.ndarray[Any, Any]]:
-        try:
-            tokens = tokenizer.encode(to_tensor(torch.from_numpy(pixels).to(device)))
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory with {len(pixels)} images at once", f"--batch-size {max(len(pixels) // 2, 1)}"
-            ) from error
-        return {"tokens": tokens.cpu().numpy().astype(np.uint16)}
-
-    return encode
-
-
-def encode_source(
-    source: ImageSource,
-    tokenizer: "MultiScaleVQ",
-    settings: CacheSettings,
-    out: Path,
-    options: Options,
-    carry: Callable[[Path], None],
-    workers: int,
-) -> dict[str, Any] | None:
-    """Make a cache, together with the other processes of this run; goes on where it was interrupted.
 
     Args:
         source: the images.
         tokenizer: what encodes them.
-        settings: the cache's.
+        data: the recipe's.
+        limit: only the first images; 0 is all.
+        shard_size: images of a shard; 0 is 4096, or fewer that stay below 1 GiB.
+        seed: of random crops.
+        text: what encodes captions; empty if nothing does.
+
+    Raises:
+        UserError: a size that the tokenizer cannot encode, or no captions where they are to be encoded.
+    """
+    size = height_width(data.size)
+    pivot = height_width(data.pivot_size) if data.pivot_size else None
+    multi_scale = isinstance(tokenizer, MultiScaleVQ)
+    if isinstance(tokenizer, MultiScaleVQ):
+        _check_scales(tokenizer, size)
+        pivot = None
+    else:
+        _check_stride(tokenizer, [("size", size), ("pivot_size", pivot)])
+    if text and not source.captioned:
+        raise UserError(
+            f"the recipe's [text] needs captions, and {source.name} has none",
+            "name their column with SOURCE?caption=NAME, or use coco:CAPTIONS.json?images=FOLDER",
+        )
+    length = source.length if source.random_access else None  # a stream may be wrong about its length
+    if limit:
+        length = limit if length is None else min(limit, length)
+    settings = CacheSettings(
+        kind="tokens" if multi_scale else "moments",
+        source=source.name,
+        length=length,
+        class_names=source.class_names,
+        tokenizer_hash=tokenizer.fingerprint(),
+        scales=tokenizer.scales.sides() if isinstance(tokenizer, MultiScaleVQ) else [],
+        vocab_size=tokenizer.vocab_size if isinstance(tokenizer, MultiScaleVQ) else 0,
+        latent_scale=None if isinstance(tokenizer, MultiScaleVQ) else tokenizer.latent_scale or None,
+        size=size,
+        pivot_size=pivot,
+        crop=data.crop,
+        crops=data.crops,
+        mirror=data.mirror,
+        seed=seed,
+        captions=data.captions if text else 0,
+        text=text,
+    )
+    return replace(settings, shard_size=shard_size or _suited_shard(settings, tokenizer))
+
+
+def _check_scales(tokenizer: MultiScaleVQ, size: tuple[int, int]) -> None:
+    fits = tokenizer.image_size
+    if size != fits:
+        raise UserError(
+            f"this tokenizer encodes images of {fits[0]} x {fits[1]} pixels, the recipe asks for "
+            f"{size[0]} x {size[1]}",
+            f"--set data.size={fits[0] if fits[0] == fits[1] else list(fits)}",
+        )
+
+
+def _check_stride(tokenizer: KlAutoencoder, sizes: list[tuple[str, tuple[int, int] | None]]) -> None:
+    for name, size in sizes:
+        if size is not None and any(side % tokenizer.stride for side in size):
+            raise UserError(
+                f"this tokenizer makes a token of {tokenizer.stride} x {tokenizer.stride} pixels, and data.{name} "
+                f"is {size[0]} x {size[1]}",
+                f"choose multiples of {tokenizer.stride} with --set data.{name}=…",
+            )
+
+
+def _suited_shard(settings: CacheSettings, tokenizer: Tokenizer) -> int:
+    text = EMBEDDED if settings.text.startswith("clip") else 0
+    views = sum(2 * math.prod(shape) for shape in view_shapes(settings, tokenizer).values())
+    images, each = 4096, settings.views * views + settings.captions * text
+    while images > 16 and images * each > SHARD_BYTES:
+        images //= 2
+    return images
+
+
+def earlier_scale(out: Path, fingerprint: str) -> float | None:
+    """The latent scale of a cache that is in `out` already, if the same tokenizer made it."""
+    before = read_json(out / "settings.json") if (out / "settings.json").is_file() else None
+    same = isinstance(before, dict) and before.get("tokenizer_hash") == fingerprint
+    return before.get("latent_scale") if isinstance(before, dict) and same else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a cache is made of, and by what.
+
+    Attributes:
+        source: the images.
+        tokenizer: what encodes them.
+        settings: the cache's; a KL autoencoder's latent scale may still be None.
         out: the cache's folder.
         options: how.
-        carry: writes the tokenizer's checkpoint into a folder.
+        carry: writes the tokenizer's checkpoint into a folder, with a latent scale if there is one.
         workers: threads that decode images.
+        text: makes the encoder of captions on a device, where the settings ask for one.
+    """
+
+    source: ImageSource
+    tokenizer: Tokenizer
+    settings: CacheSettings
+    out: Path
+    options: Options
+    carry: Callable[[Path, float | None], None]
+    workers: int
+    text: Callable[[torch.device], EncodeText] | None = None
+
+
+def encode_source(work: Work) -> dict[str, Any] | None:
+    """Make a cache, together with the other processes of this run; goes on where it was interrupted.
 
     Returns:
         What was done, in the first process; None in the others.
@@ -128,27 +185,20 @@ def encode_source(
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    out, options = work.out, work.options
     on_cpu = options.device == "cpu" or not torch.cuda.is_available()
     # the last process may be at work long after the first is done
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
-    height, width = settings.size
-    writer = CacheWriter(
-        out,
-        source,
-        settings,
-        token_encoder(tokenizer, state.device),
-        batch_size=options.batch_size or min(max(64 * 256**2 // (height * width), 1), 512),
-        workers=workers,
-        strict=options.strict,
-        report=_Reporter(),
-    )
+    writer = _writer(work, state)
     if options.dry_run:
-        return _plan(writer, tokenizer, state) if state.is_main_process else None
+        return _plan(writer, work.tokenizer, state) if state.is_main_process else None
     state.wait_for_everyone()  # all have seen what the folder held before it changes
+    writer = _with_latent_scale(work, writer, state)
+    writer.encode_text = work.text(state.device) if work.text else None
     if state.is_main_process:
         writer.begin()
         if not (out / "tokenizer").is_dir():
-            carry(out / "tokenizer")
+            work.carry(out / "tokenizer", writer.settings.latent_scale)
     state.wait_for_everyone()
     started = time.perf_counter()
     fresh = sum(gather_object([_run(writer, state)]))  # waits for all
@@ -158,12 +208,47 @@ def encode_source(
         return None
     seconds = time.perf_counter() - started
     manifest = writer.finish()
-    summary = _summary(out, manifest, tokenizer) | {
+    summary = _summary(out, manifest, work.tokenizer) | {
         "encoded_now": fresh,
         "seconds": round(seconds, 3),
         "images_per_second": round(fresh / seconds, 1) if fresh else None,
     }
     return summary | ({"verified": _verify(writer)} if options.verify else {})
+
+
+def _writer(work: Work, state: Any) -> CacheWriter:
+    """The writer of a cache; the latent scale is that of the cache in `out` where it is not known."""
+    settings, options = work.settings, work.options
+    if settings.kind == "moments" and settings.latent_scale is None:
+        scale = earlier_scale(work.out, settings.tokenizer_hash)
+        settings = replace(settings, latent_scale=scale)
+    height, width = settings.size
+    return CacheWriter(
+        work.out,
+        work.source,
+        settings,
+        image_encoder(work.tokenizer, settings, state.device),
+        batch_size=options.batch_size or min(max(64 * 256**2 // (height * width), 1), 512),
+        workers=work.workers,
+        strict=options.strict,
+        report=_Reporter(),
+    )
+
+
+def _with_latent_scale(work: Work, writer: CacheWriter, state: Any) -> CacheWriter:
+    """The writer, with a latent scale that the first process measures where it is not known yet."""
+    from accelerate.utils import broadcast_object_list
+
+    settings = writer.settings
+    if settings.latent_scale is not None or not isinstance(work.tokenizer, KlAutoencoder):
+        return writer
+    measured = [0.0]
+    if state.is_main_process:
+        measured = [measure_latent_scale(work.tokenizer, work.source, settings, writer.batch_size)]
+        console.print(f"measured the latent scale: {measured[0]:g}", highlight=False)
+    broadcast_object_list(measured)
+    work = replace(work, settings=replace(settings, latent_scale=measured[0]))
+    return _writer(work, state)
 
 
 class _Reporter:
@@ -195,23 +280,40 @@ def _run(writer: CacheWriter, state: Any) -> int:
         return writer.run(rank, world)
 
 
-def _plan(writer: CacheWriter, tokenizer: "MultiScaleVQ", state: Any) -> dict[str, Any]:
+def _description(settings: CacheSettings, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What both a plan and a summary say of the content."""
+    shapes = {name: list(shape) for name, shape in view_shapes(settings, tokenizer).items()}
+    first = next(iter(shapes.values()))
+    about: dict[str, Any] = {
+        "kind": settings.kind,
+        "views": settings.views,
+        "tokens": first[-1] * (first[-2] if len(first) > 1 else 1),
+        "shapes": shapes,
+        "classes": len(settings.class_names),
+        "tokenizer_hash": settings.tokenizer_hash,
+    }
+    if settings.kind == "moments":
+        about["latent_scale"] = settings.latent_scale
+    if settings.text:
+        about |= {"captions": settings.captions, "text": settings.text}
+    return about
+
+
+def _plan(writer: CacheWriter, tokenizer: Tokenizer, state: Any) -> dict[str, Any]:
     """What would be done."""
     settings = writer.settings
     size = None
-    if settings.length is not None:
-        size = settings.length * settings.views * tokenizer.scales.total * 2
-    return {
+    if settings.length is not None and (not settings.text or settings.text.startswith("ids:")):
+        each = sum(2 * math.prod(shape) for shape in view_shapes(settings, tokenizer).values())
+        ids = 2 * int(settings.text.removeprefix("ids:")) if settings.text else 0
+        size = settings.length * (settings.views * each + settings.captions * ids)
+    return _description(settings, tokenizer) | {
         "out": str(writer.out),
         "source": settings.source,
         "images": settings.length,
         "done": writer.done(),
-        "views": settings.views,
-        "tokens": tokenizer.scales.total,
-        "classes": len(settings.class_names),
         "class_names": list(settings.class_names),
         "transform": settings.transform,
-        "tokenizer_hash": settings.tokenizer_hash,
         "bytes": size,
         "batch_size": writer.batch_size,
         "device": str(state.device),
@@ -219,34 +321,34 @@ def _plan(writer: CacheWriter, tokenizer: "MultiScaleVQ", state: Any) -> dict[st
     }
 
 
-def _summary(out: Path, manifest: Manifest, tokenizer: "MultiScaleVQ") -> dict[str, Any]:
-    return {
+def _summary(out: Path, manifest: Manifest, tokenizer: Tokenizer) -> dict[str, Any]:
+    return _description(manifest, tokenizer) | {
         "out": str(out),
         "source": manifest.source,
         "images": manifest.count,
-        "views": manifest.views,
-        "tokens": tokenizer.scales.total,
-        "classes": len(manifest.class_names),
         "label_counts": dict(zip(manifest.class_names, manifest.label_counts, strict=True)),
         "skipped": [dict(entry) for entry in manifest.skipped],
-        "tokenizer_hash": manifest.tokenizer_hash,
         "bytes": sum(file["bytes"] for shard in manifest.shards for file in shard["files"].values()),
     }
 
 
 def _verify(writer: CacheWriter) -> dict[str, Any]:
-    """Compare all checksums, and a sample of the images with what the encoder makes of them now."""
+    """Compare all checksums, and a sample of the images with what the encoders make of them now."""
     cache = Cache.open(writer.out, checksums=True)
-    images, equal = cache.verify_sample(writer.source, writer.encode, workers=writer.workers)
+    images, shares = verify_sample(
+        cache, writer.source, writer.encode, writer.encode_text, workers=writer.workers
+    )
+    worst, equal = min(shares.items(), key=lambda share: share[1])
     if equal < AGREEMENT:
         raise UserError(
-            f"verification failed: of {images} images encoded again, only {equal:.1%} of the tokens are as cached",
+            f"verification failed: of {images} images encoded again, only {equal:.1%} of the {worst} are as cached",
             "the source, the tokenizer or the cache has changed; make the cache again in another --out",
         )
     return {
         "files": len(cache.files()),
         "images": images,
         "equal": equal,
+        "arrays": shares,
         "read_images_per_second": round(reading_speed(cache)),
     }
 

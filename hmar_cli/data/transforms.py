@@ -95,6 +95,35 @@ def to_tensor(pixels: "Pixels | Tensor") -> "Tensor":
     return tensor.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)  # N H W 3 -> N 3 H W
 
 
+def shrink(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Make images smaller: the pictures whose tokens are Hi-MAR's pivots.
+
+    Args:
+        pixels: (N, H, W, 3), uint8.
+        size: (h, w), no larger.
+
+    Returns:
+        (N, h, w, 3), uint8, rounded: the mean of whole blocks of pixels where h, w divide H, W, else PIL's
+        bicubic filter, which is antialiased.
+
+    Raises:
+        ValueError: a size that is larger.
+    """
+    (rows, columns), (height, width) = pixels.shape[1:3], size
+    if not (0 < height <= rows and 0 < width <= columns):
+        raise ValueError(f"expected a size within {rows} x {columns}, got {height} x {width}")
+    down, right = rows // height, columns // width
+    whole = (down * height, right * width) == (rows, columns)
+    small = np.empty((len(pixels), height, width, 3), np.uint8)
+    for i, each in enumerate(pixels):
+        image = Image.fromarray(each)
+        smaller = (
+            image.reduce((right, down)) if whole else image.resize((width, height), Image.Resampling.BICUBIC)
+        )
+        small[i] = np.asarray(smaller)
+    return small
+
+
 def middle(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     """Cut the central (H, W, 3)."""
     (rows, columns), (height, width) = pixels.shape[:2], size

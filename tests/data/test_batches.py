@@ -12,9 +12,10 @@ from test_cache import settings_for, shapes, write
 from hmar_cli.data import batches
 from hmar_cli.data.ahead import ordered_map, prefetch
 from hmar_cli.data.batches import cache_batches, epoch_length, image_batches, order
-from hmar_cli.data.cache import Cache, CacheWriter
+from hmar_cli.data.cache import Cache
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import image_transform
+from hmar_cli.data.writer import CacheWriter
 from hmar_cli.errors import UserError
 
 
@@ -70,7 +71,7 @@ def test_cache_batches_match_the_cache(cache: Cache, monkeypatch: pytest.MonkeyP
         assert (batch["tokens"].dtype, batch["label"].dtype) == (torch.int64, torch.int64)
         index = batch["index"].numpy()
         np.testing.assert_array_equal(batch["label"], cache.labels[index])
-        both = [cache.batch(index, np.full(3, view))["tokens"] for view in (0, 1)]
+        both = [cache.fetch("tokens", index, np.full(3, view)) for view in (0, 1)]
         for row, tokens in enumerate(batch["tokens"].numpy()):
             found = [view for view in (0, 1) if np.array_equal(tokens, both[view][row])]
             assert found
@@ -115,7 +116,7 @@ def test_views_do_not_depend_on_processes(cache: Cache) -> None:
 
 def test_without_mirrored_views(cache: Cache) -> None:
     for batch in take(cache_batches(cache, batch_size=4, seed=0, mirror=False), 10):
-        plain = cache.batch(batch["index"].numpy(), np.zeros(4, np.int64))["tokens"]
+        plain = cache.fetch("tokens", batch["index"].numpy(), np.zeros(4, np.int64))
         np.testing.assert_array_equal(batch["tokens"], plain)
 
 

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hmar_cli.data.cache import Cache, CacheSettings, CacheWriter
-from hmar_cli.data.sources import ImageSource, open_source
+from hmar_cli.data.cache import Cache, CacheSettings
+from hmar_cli.data.images import ImageSource
+from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import image_transform
+from hmar_cli.data.verify import verify_sample
+from hmar_cli.data.writer import CacheWriter
 from hmar_cli.errors import UserError
 
 LENGTH = 6
@@ -72,31 +75,31 @@ def test_batches_hold_what_was_encoded(tmp_path: Path) -> None:
     assert (len(cache), cache.manifest.views, len(cache.manifest.shards)) == (20, 2, 3)
     rng = np.random.default_rng(0)
     indices, views = rng.permutation(20)[:13], rng.integers(0, 2, 13)
-    batch = cache.batch(indices, views)
-    assert (batch["tokens"].dtype, batch["tokens"].shape) == (np.int64, (13, LENGTH))
+    tokens = cache.fetch("tokens", indices, views)
+    assert (tokens.dtype, tokens.shape) == (np.uint16, (13, LENGTH))
     for row, (index, view) in enumerate(zip(indices, views, strict=True)):
-        np.testing.assert_array_equal(batch["tokens"][row], expected(source, int(index), bool(view)))
-        assert batch["label"][row] == source[int(index)].label
-    assert cache.captions(indices) == [source[int(index)].caption for index in indices]
+        np.testing.assert_array_equal(tokens[row], expected(source, int(index), bool(view)))
+        assert cache.labels[index] == source[int(index)].label
+    assert cache.captions(indices) == [source[int(index)].captions for index in indices]
 
 
 def test_rows_outside_are_refused(tmp_path: Path) -> None:
     cache = write(tmp_path / "c")
     for index, view in ((20, 0), (-1, 0), (0, 2)):
         with pytest.raises(IndexError):
-            cache.batch(np.array([index]), np.array([view]))
+            cache.fetch("tokens", np.array([index]), np.array([view]))
 
 
 def test_manifest(tmp_path: Path) -> None:
     cache = write(tmp_path / "c")
     manifest = cache.manifest
     assert manifest.kind == "tokens"
-    assert manifest.arrays == {"tokens": {"dtype": "uint16", "shape": [LENGTH]}}
+    assert manifest.arrays == {"tokens": {"dtype": "uint16", "shape": [LENGTH], "per": "view"}}
     assert sum(manifest.label_counts) == 20
     np.testing.assert_array_equal(manifest.label_counts, np.bincount(cache.labels, minlength=8))
     assert manifest.transform == {"size": [12, 12], "crop": "adm", "crops": 1, "mirror": True, "seed": 0}
     assert tuple(manifest.class_names) == shapes().class_names
-    assert manifest.captions
+    assert manifest.captioned and manifest.captions == 0
     assert cache.size == sum(
         p.stat().st_size for p in (tmp_path / "c/shards").iterdir() if p.suffix != ".json"
     )
@@ -114,7 +117,7 @@ def test_batch_size_and_processes_change_nothing(tmp_path: Path) -> None:
     other = write(tmp_path / "c", batch_size=7)
     every = np.arange(20).repeat(2), np.tile([0, 1], 20)
     np.testing.assert_array_equal(
-        other.batch(*every)["tokens"], Cache.open(tmp_path / "a").batch(*every)["tokens"]
+        other.fetch("tokens", *every), Cache.open(tmp_path / "a").fetch("tokens", *every)
     )
 
 
@@ -126,11 +129,11 @@ def test_crops(tmp_path: Path) -> None:
     assert image is not None
     central = image_transform(12, "var", train=False)(image, np.random.default_rng(0))
     np.testing.assert_array_equal(
-        cache.batch(np.array([4]), np.array([0]))["tokens"][0], encode(central[None])["tokens"][0]
+        cache.fetch("tokens", np.array([4]), np.array([0]))[0], encode(central[None])["tokens"][0]
     )
     drawn = image_transform(12, "var", train=True)(image, np.random.default_rng([5, 4, 2]))
     np.testing.assert_array_equal(
-        cache.batch(np.array([4]), np.array([2]))["tokens"][0], encode(drawn[None])["tokens"][0]
+        cache.fetch("tokens", np.array([4]), np.array([2]))[0], encode(drawn[None])["tokens"][0]
     )
 
 
@@ -147,7 +150,7 @@ def test_several_arrays_of_other_types(tmp_path: Path) -> None:
     writer.run()
     writer.finish()
     cache = Cache.open(tmp_path / "c")
-    assert cache.manifest.arrays["moments"] == {"dtype": "float16", "shape": [3, 6, 6]}
+    assert cache.manifest.arrays["moments"] == {"dtype": "float16", "shape": [3, 6, 6], "per": "view"}
     assert cache.manifest.latent_scale == 0.2
     rows = cache.fetch("coarse", np.array([4, 0]), np.array([1, 0]))
     image = np.asarray(source[4].image)[:, ::-1]
@@ -179,7 +182,7 @@ def test_unusable_images_are_listed_counted_and_skipped(tmp_path: Path, with_bro
     assert len(cache) == 7
     np.testing.assert_array_equal(cache.index, [0, 1, 4, 5, 6, 7, 8])
     np.testing.assert_array_equal(cache.labels, [0, 1, 2, 1, 0, 1, 2])
-    assert cache.verify_sample(with_broken, encode) == (7, 1.0)
+    assert verify_sample(cache, with_broken, encode) == (7, {"tokens": 1.0})
 
 
 def test_strict_stops_at_the_first(tmp_path: Path, with_broken: ImageSource) -> None:
@@ -199,7 +202,7 @@ def test_no_image_at_all(tmp_path: Path, make_parquet: Callable[..., Path]) -> N
 def test_a_shard_without_usable_images(tmp_path: Path, with_broken: ImageSource) -> None:
     cache = write(tmp_path / "c", with_broken, shard_size=2)
     assert [shard["count"] for shard in cache.manifest.shards] == [2, 0, 2, 2, 1]
-    assert cache.batch(np.arange(7), np.zeros(7, np.int64))["tokens"].shape == (7, LENGTH)
+    assert cache.fetch("tokens", np.arange(7), np.zeros(7, np.int64)).shape == (7, LENGTH)
     assert cache.verify_checksums() == 4 * 3 + 2
 
 
@@ -212,7 +215,7 @@ def test_stream(
     source = open_source(f"{path}?streaming=true&classes=2")
     cache = write(tmp_path / "c", source, length=length, shard_size=shard_size)
     np.testing.assert_array_equal(cache.index, np.arange(count))
-    assert cache.verify_sample(source, encode, batches=9) == (count, 1.0)
+    assert verify_sample(cache, source, encode, batches=9) == (count, {"tokens": 1.0})
 
 
 @pytest.mark.parametrize("shard_size", [1, 2, 3, 6, 7])
@@ -376,12 +379,12 @@ def test_newer_version_is_refused(tmp_path: Path) -> None:
 
 def test_verify_sample_sees_another_encoder(tmp_path: Path) -> None:
     cache = write(tmp_path / "c")
-    images, equal = cache.verify_sample(
-        shapes(), lambda p: {"tokens": encode(p)["tokens"] + (np.arange(6) < 3)}
+    images, equal = verify_sample(
+        cache, shapes(), lambda p: {"tokens": encode(p)["tokens"] + (np.arange(6) < 3)}
     )
-    assert images > 0 and equal == 0.5
+    assert images > 0 and equal == {"tokens": 0.5}
     with pytest.raises(UserError, match="fewer images"):
-        cache.verify_sample(shapes(10), encode, batches=99)
+        verify_sample(cache, shapes(10), encode, batches=99)
     other = open_source("builtin:shapes?count=20&seed=1", size=12)
     with pytest.raises(UserError, match="is not what was cached"):
-        cache.verify_sample(other, encode, batches=99)
+        verify_sample(cache, other, encode, batches=99)

@@ -10,7 +10,9 @@ from pictures import Classes, encoded, number_of, picture
 from PIL import Image
 
 from hmar_cli.data import sources
-from hmar_cli.data.sources import UNLABELLED, decode_image, open_source, split_options
+from hmar_cli.data.images import UNLABELLED, decode_image
+from hmar_cli.data.sources import open_source
+from hmar_cli.data.spelling import split_options
 from hmar_cli.errors import UserError
 
 Parquet = Callable[..., Path]

@@ -98,9 +98,9 @@ def test_a_cache_holds_what_the_tokenizer_says(tokenizer: Path, tmp_path: Path) 
     pictures = np.stack([pixels, pixels[:, :, ::-1]], axis=1).reshape(42, 8, 8, 3)
     with torch.inference_mode():  # four at once, as above: rounding depends on it
         tokens = [model.encode(to_tensor(pictures[i : i + 4])).numpy() for i in range(0, 42, 4)]
-    cached = cache.batch(np.arange(21).repeat(2), np.tile([0, 1], 21))["tokens"]
+    cached = cache.fetch("tokens", np.arange(21).repeat(2), np.tile([0, 1], 21))
     np.testing.assert_array_equal(cached, np.concatenate(tokens))
-    assert cache.manifest.arrays["tokens"] == {"dtype": "uint16", "shape": [21]}
+    assert cache.manifest.arrays["tokens"] == {"dtype": "uint16", "shape": [21], "per": "view"}
 
 
 def test_a_cache_carries_the_weights_that_made_it(tokenizer: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_streaming_webdataset(tokenizer: Path, tmp_path: Path, tar: Path) -> Non
     )
     assert summary_of(result)["label_counts"] == {"0": 2, "1": 2, "2": 1}
     cache = Cache.open(tmp_path / "c")
-    assert cache.captions(np.arange(2)) == ["number 0", "number 1"]
+    assert cache.captions(np.arange(2)) == [("number 0",), ("number 1",)]
 
 
 def test_verify_finds_changed_files_and_changed_tokens(tokenizer: Path, tmp_path: Path) -> None:

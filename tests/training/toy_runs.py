@@ -11,9 +11,10 @@ import torch
 
 from hmar_cli.builders import build_tokenizer
 from hmar_cli.checkpoints.store import save_checkpoint
-from hmar_cli.data.cache import CacheSettings, CacheWriter
+from hmar_cli.data.cache import CacheSettings
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import to_tensor
+from hmar_cli.data.writer import CacheWriter
 from hmar_cli.settings import MsvqObjective, Recipe
 
 ROOT = Path(__file__).parents[2]
