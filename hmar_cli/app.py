@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from hmar_cli.commands import checkpoint, curves, finetune_masked, recipes, sample, tokenize, train
+from hmar_cli.commands import checkpoint, curves, eval, finetune_masked, recipes, sample, tokenize, train
 from hmar_cli.errors import UserError, from_os_error
 from hmar_cli.launch import keep_stdout_for_data, wait_for_launcher
 
@@ -78,6 +78,7 @@ for module in (tokenize, train, finetune_masked, sample, curves):
     module.register(app)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(eval.app, name="eval")
 
 
 def main() -> None:
