@@ -32,7 +32,6 @@ from hmar_cli.training.next_scale import MaskedTraining, NextScaleTraining
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.tokenizer import KlTraining, MsvqTraining
 
-
 Tokenizer = MultiScaleVQ | KlAutoencoder
 Model = NextScaleTransformer | MaskedTransformer
 

@@ -1,13 +1,14 @@
 """Pictures for people: image grids and curves."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hmar_cli.files import atomic_file
@@ -21,7 +22,10 @@ def to_uint8(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def image_grid(
-    images: Tensor | Sequence[np.ndarray[Any, Any]], columns: int = 0, gap: int = 2
+    images: Tensor | Sequence[np.ndarray[Any, Any]],
+    columns: int = 0,
+    gap: int = 2,
+    captions: Sequence[str] = (),
 ) -> Image.Image:
     """Lay images out row by row on white.
 
@@ -29,6 +33,7 @@ def image_grid(
         images: [B, 3, H, W] in [-1, 1], or uint8 arrays [H, W, 3] of one size.
         columns: images a row; 0 makes the grid about square.
         gap: pixels between images.
+        captions: written below the images, which are enlarged until there is room.
 
     Raises:
         ValueError: no images.
@@ -36,6 +41,8 @@ def image_grid(
     tiles = list(to_uint8(images)) if isinstance(images, Tensor) else list(images)
     if not tiles:
         raise ValueError("expected at least one image")
+    if captions:
+        tiles, gap = _captioned(tiles, captions), max(gap, 6)
     columns = min(columns or math.ceil(math.sqrt(len(tiles))), len(tiles))
     rows = math.ceil(len(tiles) / columns)
     height, width = tiles[0].shape[:2]
@@ -45,6 +52,25 @@ def image_grid(
         row, column = divmod(i, columns)
         canvas.paste(Image.fromarray(tile), (column * (width + gap), row * (height + gap)))
     return canvas
+
+
+def _captioned(tiles: Sequence[np.ndarray[Any, Any]], captions: Sequence[str]) -> list[np.ndarray[Any, Any]]:
+    """Tiles enlarged by a whole factor to at least 128 pixels, with their captions below."""
+    factor = math.ceil(128 / tiles[0].shape[1])
+    font = ImageFont.load_default(11)
+    letters = max(8, tiles[0].shape[1] * factor // 6)  # a letter is about 6 pixels wide
+    texts = [textwrap.wrap(caption, letters) or [""] for caption in captions]
+    room = 14 * max(map(len, texts)) + 4
+    result = []
+    for tile, lines in zip(tiles, texts, strict=True):
+        large = tile.repeat(factor, axis=0).repeat(factor, axis=1)
+        canvas = Image.new("RGB", (large.shape[1], large.shape[0] + room), "white")
+        canvas.paste(Image.fromarray(large))
+        ImageDraw.Draw(canvas).multiline_text(
+            (2, large.shape[0] + 1), "\n".join(lines), "black", font, spacing=2
+        )
+        result.append(np.asarray(canvas))
+    return result
 
 
 def save_png(image: Image.Image, target: Path) -> None:

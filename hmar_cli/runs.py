@@ -4,16 +4,23 @@ The commands `hmar train` and `hmar finetune-masked` turn their flags into `Opti
 `finetune_masked`; everything that a run needs besides the trainer itself is put together here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hmar_cli.builders import build_model, build_objective, build_tokenizer, load_tokenizer, load_weights
+from hmar_cli.builders import (
+    Model,
+    Tokenizer,
+    build_model,
+    build_objective,
+    build_tokenizer,
+    load_tokenizer,
+    load_weights,
+)
 from hmar_cli.checkpoints.store import (
     Checkpoint,
     list_steps,
@@ -24,22 +31,28 @@ from hmar_cli.checkpoints.store import (
 from hmar_cli.console import console
 from hmar_cli.data.batches import cache_batches, image_batches
 from hmar_cli.data.cache import Cache
-from hmar_cli.data.sources import ImageSource, open_source
-from hmar_cli.data.transforms import image_transform, to_tensor
+from hmar_cli.data.captions import describe
+from hmar_cli.data.sources import open_source
 from hmar_cli.errors import UserError
 from hmar_cli.models.next_scale import NextScaleTransformer
-from hmar_cli.models.scales import Scales
+from hmar_cli.models.scales import Side
+from hmar_cli.previews import reconstruction_preview, sample_preview
 from hmar_cli.recipe import flat, to_dict
-from hmar_cli.report import image_grid, to_uint8
-from hmar_cli.sampling.next_scale import Settings, sample_next_scale
-from hmar_cli.sampling.noise import PhiloxNoise
-from hmar_cli.settings import MaskedObjective, MsvqObjective, NextScaleObjective, Recipe
-from hmar_cli.tokenizers.msvq import MultiScaleVQ, fingerprint
+from hmar_cli.settings import (
+    Kl,
+    KlObjective,
+    MaskedAr,
+    MaskedObjective,
+    Msvq,
+    MsvqObjective,
+    NextScale,
+    NextScaleObjective,
+    Recipe,
+    grid_name,
+)
+from hmar_cli.tokenizers import kl, msvq
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.trainer import Batches, Outcome, Preview, Weights, fit, rehearse
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 CHANGEABLE = ("name", "description", "sample.", "optim.", "data.workers")
 CHANGEABLE_TRAIN = (
@@ -52,7 +65,6 @@ CHANGEABLE_TRAIN = (
     "steps",
     "epochs",
 )
-PREVIEW_IMAGES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +121,7 @@ def train(recipe: Recipe, options: Options) -> Outcome:
             f"hmar finetune-masked BASE --recipe {recipe.name} --data CACHE",
         )
     start = starting_point(recipe, options)
-    build = tokenizer_job if isinstance(recipe.objective, MsvqObjective) else model_job
+    build = tokenizer_job if isinstance(recipe.objective, MsvqObjective | KlObjective) else model_job
     return execute(build(recipe, options, start), options, start)
 
 
@@ -147,8 +159,10 @@ def tokenizer_job(recipe: Recipe, options: Options, start: Checkpoint | None) ->
     licence = start.licence if start else ""
     if options.init and not start:
         origin = open_checkpoint(options.init)
-        if origin.kind != "msvq":
-            raise UserError(f"--init {options.init} holds a {origin.kind} model, not a tokenizer")
+        if origin.kind != recipe.tokenizer.kind:
+            raise UserError(
+                f"--init {options.init} holds a {origin.kind}, and the recipe trains a {recipe.tokenizer.kind}"
+            )
         load_weights(tokenizer, origin.load(), origin.folder)
         licence = origin.licence
 
@@ -181,7 +195,7 @@ def tokenizer_job(recipe: Recipe, options: Options, start: Checkpoint | None) ->
 
 
 def model_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job:
-    """Put a next-scale model's training together."""
+    """Put a model's training on a cache together."""
     cache, tokenizer = open_cache(options, start)
     recipe = adopt_cache(recipe, cache)
     torch.manual_seed(recipe.train.seed)
@@ -189,6 +203,11 @@ def model_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job
     licence = start.licence if start else ""
     if options.init and not start:
         origin = open_checkpoint(options.init)
+        assert recipe.model is not None
+        if origin.kind != recipe.model.kind:
+            raise UserError(
+                f"--init {origin.folder} holds a {origin.kind}, and the recipe trains a {recipe.model.kind}"
+            )
         initialize(model, origin, tuple(cache.manifest.class_names))
         if origin.tokenizer_hash not in ("", cache.manifest.tokenizer_hash):
             raise other_tokenizer(
@@ -214,14 +233,13 @@ def masked_job(base: Checkpoint, recipe: Recipe, options: Options, start: Checkp
     settings, recipe = recipe.objective, adopt_cache(recipe, cache)
     torch.manual_seed(recipe.train.seed)
     model = build_model(replace(recipe, objective=NextScaleObjective()))
+    assert isinstance(model, NextScaleTransformer)
     initialize(model, base, known)
     model.attach_masked_branch(settings.layers, settings.leak_free)
     return cache_job(recipe, cache, tokenizer, model, base.licence)
 
 
-def cache_job(
-    recipe: Recipe, cache: Cache, tokenizer: MultiScaleVQ, model: NextScaleTransformer, licence: str
-) -> Job:
+def cache_job(recipe: Recipe, cache: Cache, tokenizer: Tokenizer, model: Model, licence: str) -> Job:
     """The part that both kinds of training on a cache share."""
 
     def batches(first: int, rank: int, world: int, size: int) -> Iterator[dict[str, Tensor]]:
@@ -246,7 +264,7 @@ def cache_job(
         fingerprint=lambda weights: manifest.tokenizer_hash,
         tokenizer=cache.tokenizer_path,
         licence=licence,
-        preview=sample_preview(recipe, tokenizer),
+        preview=sample_preview(recipe, tokenizer, cache),
     )
 
 
@@ -350,19 +368,20 @@ def check_same_run(start: Checkpoint, job: Job) -> None:
         )
 
 
-def initialize(model: NextScaleTransformer, origin: Checkpoint, class_names: tuple[str, ...]) -> None:
-    """Load another checkpoint's weights; classes are found by name, its masked branch stays behind.
+def initialize(model: Model, origin: Checkpoint, class_names: tuple[str, ...]) -> None:
+    """Load another checkpoint's weights; classes are found by name, a masked branch stays behind.
 
     Raises:
-        UserError: a tokenizer, or a model of another shape.
+        UserError: a tokenizer, or a model of another kind or shape.
     """
-    if origin.kind != "next-scale":
-        raise UserError(f"{origin.folder} holds a {origin.kind}, not a next-scale model")
     weights = {name: w for name, w in origin.load().items() if not name.startswith("masked.")}
     key = "class_embed.weight"
-    fresh = model.state_dict()[key].cpu()
-    if origin.class_names != class_names and weights[key].shape[1] == fresh.shape[1]:
-        weights[key], found = remap_class_embedding(weights[key], fresh, origin.class_names, class_names)
+    fresh = model.state_dict().get(key)
+    theirs = weights.get(key)
+    if fresh is None or theirs is None or fresh.shape[1] != theirs.shape[1]:
+        pass  # no classes, or another model: loading says what does not fit
+    elif origin.class_names != class_names:
+        weights[key], found = remap_class_embedding(theirs, fresh.cpu(), origin.class_names, class_names)
         what = f"class embeddings: {found} of {len(class_names)} classes found by name in {origin.folder}"
         console.print(what, soft_wrap=True)
     load_weights(model, weights, origin.folder)
@@ -371,7 +390,7 @@ def initialize(model: NextScaleTransformer, origin: Checkpoint, class_names: tup
 # What data and base say
 
 
-def open_cache(options: Options, start: Checkpoint | None) -> tuple[Cache, MultiScaleVQ]:
+def open_cache(options: Options, start: Checkpoint | None) -> tuple[Cache, Tokenizer]:
     """Open the cache and the tokenizer that made it.
 
     Raises:
@@ -380,7 +399,7 @@ def open_cache(options: Options, start: Checkpoint | None) -> tuple[Cache, Multi
     data = options.data or (start.counters()["data"] if start else "")
     if not data:
         raise UserError(
-            "models train on a cache of tokens: --data is missing",
+            "models train on a cache: --data is missing",
             "make one with: hmar tokenize SOURCE --tokenizer CHECKPOINT --out CACHE, then give --data CACHE",
         )
     cache = Cache.open(Path(data))
@@ -409,21 +428,53 @@ def adopt_cache(recipe: Recipe, cache: Cache) -> Recipe:
     """Complete a recipe with what the cache knows: class count, image size, and its tokenizer's settings.
 
     Raises:
-        UserError: other scales, or another codebook, than the recipe's.
+        UserError: a cache of another kind, grid, codebook or text than the recipe's.
     """
-    manifest, settings = cache.manifest, open_checkpoint(cache.tokenizer_path).recipe.tokenizer
-    sides, wanted = Scales.of(manifest.scales), recipe.scales
-    if sides != wanted or manifest.vocab_size != recipe.tokenizer.vocab_size:
-        raise UserError(
-            f"the cache does not fit recipe '{recipe.name}': it has scales {sides.sides()} and "
-            f"{manifest.vocab_size} codes, the recipe {wanted.sides()} and {recipe.tokenizer.vocab_size}",
-            "make a cache with this recipe's tokenizer, or choose a recipe with the cache's scales",
-        )
+    manifest, tokenizer = cache.manifest, open_checkpoint(cache.tokenizer_path).recipe.tokenizer
+    data = replace(
+        recipe.data,
+        size=_side(manifest.size),
+        pivot_size=_side(manifest.pivot_size) if manifest.pivot_size else None,
+    )
     assert recipe.model is not None
     model = replace(recipe.model, num_classes=len(manifest.class_names))
-    height, width = manifest.size
-    data = replace(recipe.data, size=height if height == width else (height, width))
-    return replace(recipe, model=model, tokenizer=settings, data=data)
+    adopted = replace(recipe, data=data, tokenizer=tokenizer, model=model)
+    theirs, ours = _what_cache_holds(adopted, manifest.text), _what_cache_holds(recipe, _text_of(recipe))
+    if ours["pivots"] == "none":  # MAR may train on a cache with pivots, and without captions
+        theirs["pivots"] = "none"
+    different = [f"{name}: {theirs.get(name)} in the cache, {ours[name]} in the recipe" for name in ours]
+    different = [line for line, name in zip(different, ours, strict=True) if theirs.get(name) != ours[name]]
+    if different:
+        raise UserError(
+            f"the cache {cache.path} does not fit recipe '{recipe.name}'",
+            f"make one for it: hmar tokenize SOURCE --tokenizer CHECKPOINT --recipe {recipe.name} --out CACHE",
+            different,
+        )
+    return adopted
+
+
+def _what_cache_holds(recipe: Recipe, text: str) -> dict[str, str]:
+    """What model and cache must agree on."""
+    tokenizer = recipe.tokenizer
+    if isinstance(tokenizer, Msvq):
+        return {"scales": str(recipe.scales.sides()), "codes": str(tokenizer.vocab_size)}
+    assert isinstance(recipe.model, MaskedAr)
+    pivots = recipe.pivot_grid if recipe.model.pivots != "none" else None
+    return {
+        "tokens": grid_name(recipe.grid),
+        "pivots": grid_name(pivots) if pivots else "none",
+        "latent channels": str(tokenizer.z_channels),
+        **({"text": text} if recipe.text else {}),
+    }
+
+
+def _text_of(recipe: Recipe) -> str:
+    return describe(recipe.text) if recipe.text else ""
+
+
+def _side(size: Sequence[int]) -> Side:
+    height, width = size
+    return height if height == width else (height, width)
 
 
 def adopt_base(recipe: Recipe, base: Checkpoint) -> Recipe:
@@ -433,7 +484,7 @@ def adopt_base(recipe: Recipe, base: Checkpoint) -> Recipe:
         UserError: the base is no next-scale model, or not the one that the recipe is for.
     """
     check_base(base)
-    assert base.recipe.model is not None
+    assert isinstance(base.recipe.model, NextScale)
     theirs = flat(to_dict(base.recipe.model))
     ours = flat(to_dict(recipe.model)) if recipe.model else theirs
     free = ("num_classes", "attention", "drop_path", "gamma_init")
@@ -457,7 +508,7 @@ def check_base(base: Checkpoint) -> None:
     Raises:
         UserError: a tokenizer, or a VAR.
     """
-    if base.kind != "next-scale" or base.recipe.model is None:
+    if not isinstance(base.recipe.model, NextScale):
         raise UserError(
             f"{base.folder} holds a {base.kind}, not a next-scale model", "give the checkpoint of an HMAR"
         )
@@ -470,56 +521,14 @@ def check_base(base: Checkpoint) -> None:
 
 def weights_fingerprint(recipe: Recipe, weights: Weights) -> str:
     """Fingerprint of the tokenizer that readers of a checkpoint get: the averaged one where there is one."""
-    return fingerprint(recipe.scales, weights["ema" if "ema" in weights else "model"])
+    chosen = weights["ema" if "ema" in weights else "model"]
+    return (
+        kl.fingerprint(chosen)
+        if isinstance(recipe.tokenizer, Kl)
+        else msvq.fingerprint(recipe.scales, chosen)
+    )
 
 
 def shorten(names: tuple[str, ...]) -> str:
     """The first few names."""
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-# Pictures
-
-
-def reconstruction_preview(recipe: Recipe, source: ImageSource) -> Preview:
-    """Rows of images above their reconstructions."""
-
-    def draw(model: nn.Module) -> "Image":
-        assert isinstance(model, MultiScaleVQ)
-        cut = image_transform(recipe.data.size, recipe.data.crop, train=False)
-        examples = source.read(0, min(PREVIEW_IMAGES, len(source)))
-        rng = np.random.default_rng(0)
-        pixels = [cut(example.image, rng) for example in examples if example.image is not None]
-        device = next(model.parameters()).device
-        images = to_tensor(np.stack(pixels)).to(device)
-        again = model.decode_tokens(model.encode(images))
-        tiles, columns = [], 8
-        for i in range(0, len(images), columns):
-            tiles += [*to_uint8(images[i : i + columns]), *to_uint8(again[i : i + columns])]
-        return image_grid(tiles, columns=min(columns, len(images)))
-
-    return draw
-
-
-def sample_preview(recipe: Recipe, tokenizer: MultiScaleVQ) -> Preview:
-    """Samples of the first classes, the same random numbers every time."""
-    settings = recipe.sample
-
-    def draw(model: nn.Module) -> "Image":
-        assert isinstance(model, NextScaleTransformer)
-        device = model.pos_embed.device
-        classes = min(model.num_classes, 8)
-        labels = torch.arange(PREVIEW_IMAGES, device=device) % classes
-        chosen = Settings(
-            cfg=settings.cfg,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            refine_cfg=settings.refine_cfg,
-            schedule=settings.schedule if model.masked is not None else (),
-        )
-        noise = PhiloxNoise(0, torch.arange(PREVIEW_IMAGES, device=device))
-        decoder = tokenizer.to(device).eval()
-        _, features = sample_next_scale(model, decoder.quantizer, labels, chosen, noise)
-        return image_grid(decoder.decode(features), columns=classes)
-
-    return draw

@@ -383,7 +383,8 @@ def _family_problems(recipe: Recipe) -> Iterator[str]:
         yield f'sample.kind: a model of kind "{model}" needs "{sample}", got "{recipe.sample.kind}"'
 
 
-def _pixels(sides: Sequence[int]) -> str:
+def grid_name(sides: Sequence[int]) -> str:
+    """Sides as text, "16x16"."""
     return "x".join(str(side) for side in sides)
 
 
@@ -395,8 +396,8 @@ def _scale_problems(recipe: Recipe, scales: Scales) -> Iterator[str]:
     covered = tuple(side * tokenizer.stride for side in scales.grid)
     if covered != pixels:
         yield (
-            f"tokenizer.scales: the last, {_pixels(scales.grid)}, times the stride {tokenizer.stride} of "
-            f"tokenizer.multipliers is {_pixels(covered)} pixels, but data.size is {_pixels(pixels)}"
+            f"tokenizer.scales: the last, {grid_name(scales.grid)}, times the stride {tokenizer.stride} of "
+            f"tokenizer.multipliers is {grid_name(covered)} pixels, but data.size is {grid_name(pixels)}"
         )
     if isinstance(recipe.sample, NextScaleSample) and recipe.sample.schedule:
         try:
@@ -412,11 +413,11 @@ def _grid_problems(recipe: Recipe) -> Iterator[str]:
     stride = recipe.tokenizer.stride
     for name, size in (("size", recipe.data.size), ("pivot_size", recipe.data.pivot_size)):
         if size is not None and any(side < stride or side % stride for side in pair(size)):
-            yield f"data.{name}: {_pixels(pair(size))} pixels are not whole tokens of {stride} pixels"
+            yield f"data.{name}: {grid_name(pair(size))} pixels are not whole tokens of {stride} pixels"
     if recipe.data.pivot_size is not None:
         small, whole = pair(recipe.data.pivot_size), pair(recipe.data.size)
         if small[0] > whole[0] or small[1] > whole[1]:
-            yield f"data.pivot_size: {_pixels(small)} pixels are more than data.size, {_pixels(whole)}"
+            yield f"data.pivot_size: {grid_name(small)} pixels are more than data.size, {grid_name(whole)}"
 
 
 def _next_scale_problems(recipe: Recipe, model: NextScale) -> Iterator[str]:
@@ -448,7 +449,7 @@ def _masked_ar_problems(recipe: Recipe, model: MaskedAr) -> Iterator[str]:
     grids = {"steps": recipe.grid, "pivot_steps": recipe.pivot_grid if model.pivots != "none" else None}
     for name, grid in grids.items():
         if grid is not None and getattr(sample, name) > grid[0] * grid[1]:
-            yield f"sample.{name}: {getattr(sample, name)} steps for {_pixels(grid)} tokens; at most one a token"
+            yield f"sample.{name}: {getattr(sample, name)} steps for {grid_name(grid)} tokens; at most one a token"
     if sample.head_sampler != "ddpm" and sample.temperature != 1.0:
         yield f'sample.temperature: it scales the noise of "ddpm"; "{sample.head_sampler}" adds none'
 

@@ -275,23 +275,26 @@ def remap_class_embedding(
     """Carry class embeddings over to another list of classes, by name.
 
     Args:
-        old: (old classes + 1, C) embeddings to start from; the last row stands for "no class".
-        fresh: (new classes + 1, C) initial embeddings, used for classes that `old_names` lacks.
+        old: embeddings to start from, one row a class, and in some models more below them ("no class").
+        fresh: initial embeddings of as many rows more, used for classes that `old_names` lacks.
         old_names: names of the old classes.
         new_names: names of the new classes.
 
     Returns:
-        The (new classes + 1, C) embeddings, and how many classes were found by name.
+        The embeddings, and how many classes were found by name.
 
     Raises:
         ValueError: a list of names that does not fit its embeddings.
     """
-    for names, table in ((old_names, old), (new_names, fresh)):
-        if len(table) != len(names) + 1:
-            raise ValueError(f"expected {len(names) + 1} rows for {len(names)} classes, got {len(table)}")
+    more = len(fresh) - len(new_names)
+    if more < 0 or len(old) - len(old_names) != more:
+        raise ValueError(
+            f"expected a row a class and as many more in both, got {len(old)} for {len(old_names)} classes and "
+            f"{len(fresh)} for {len(new_names)}"
+        )
     rows = {name: row for row, name in reversed(list(enumerate(old_names)))}
     result = fresh.clone()
-    result[-1] = old[-1]
+    result[len(new_names) :] = old[len(old_names) :]
     matched = [(new, rows[name]) for new, name in enumerate(new_names) if name in rows]
     for new, row in matched:
         result[new] = old[row]

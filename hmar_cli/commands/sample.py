@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,12 +11,14 @@ from hmar_cli.errors import UserError
 if TYPE_CHECKING:
     from hmar_cli.checkpoints.store import Checkpoint
     from hmar_cli.models.scales import Scales, Schedule
+    from hmar_cli.settings import MaskedArSample, NextScaleSample
 
 EXAMPLES = """
-Draw images of chosen classes from a checkpoint.
+Draw images of chosen classes or prompts from a checkpoint.
 
-Image i takes label i modulo the number of labels, and its random numbers depend on the seed and i alone: batch
-size, number of processes and order change nothing. A run that was interrupted goes on where it stopped.
+Image i takes label or prompt i modulo their number, and its random numbers depend on the seed and i alone: batch
+size, number of processes and order change nothing. A run that was interrupted goes on where it stopped. What is
+not given is the recipe's.
 
 **Examples**
 
@@ -25,8 +27,14 @@ size, number of processes and order change nothing. A run that was interrupted g
 - `hmar sample --checkpoint runs/hmar-d16-masked --labels 3,7 --schedule none --seed 1`
 - `hmar sample --checkpoint runs/hmar-tiny-masked --schedule 1,2,4,1,1,1 --out more-passes`
 - `hmar sample --checkpoint runs/var-d16 --count 50000 --npz --launch 8`
+- `hmar sample --checkpoint runs/himar-cifar10 --count 64 --steps 8 --pivot-cfg 3 --pivots`
+- `hmar sample --checkpoint runs/himar-cifar10 --cfg 1 --head-sampler dpm++ --head-steps 20`
+- `hmar sample --checkpoint runs/himar-scenes --prompt "a red circle left of a blue square" --count 4`
+- `hmar sample --checkpoint runs/himar-emoji --prompt-file prompts.txt`
 """
 
+FAST_STEPS = 20
+"""Steps of "ddim" and "dpm++" where none are given; recipes count those of "ddpm"."""
 
 WIDEST = 16
 """Most labels that get a column each in the grid; with one label, or more than these, the grid is square."""
@@ -99,30 +107,81 @@ def parse_schedule(text: str, default: "Schedule", scales: "Scales") -> "Schedul
         ) from error
 
 
+OfNextScale = "VAR, HMAR"
+OfMasked = "MAR, Hi-MAR"
+
+
 def sample(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint or run folder.")],
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     labels: Annotated[
         str, typer.Option(help="Classes by index or name, as 3,7 or cat,ship. [default: all]")
     ] = "",
-    count: Annotated[int, typer.Option(min=0, help="Images in all; 0 is one a label.")] = 0,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text of an image, for text models; may be repeated.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with a prompt on every line.")] = None,
+    count: Annotated[int, typer.Option(min=0, help="Images in all; 0 is one a label or prompt.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
     cfg: Annotated[
-        float | None, typer.Option(min=0, help="Guidance at the last scale. [default: the recipe's]")
+        float | None,
+        typer.Option(
+            min=0, help="Guidance. VAR, HMAR: at the last scale, 0 is none. MAR, Hi-MAR: 1 is none."
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=0, help="Candidates kept, 0 all. [default: the recipe's]")
+        int | None, typer.Option(min=0, rich_help_panel=OfNextScale, help="Candidates kept, 0 all.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Mass kept, 0 all. [default: the recipe's]")
+        float | None, typer.Option(min=0, max=1, rich_help_panel=OfNextScale, help="Mass kept, 0 all.")
     ] = None,
     schedule: Annotated[
         str,
-        typer.Option(help="Refinement: recipe, none, single, passes per scale (1,2,4,1), or JSON."),
+        typer.Option(
+            rich_help_panel=OfNextScale,
+            help="Refinement: recipe, none, single, passes per scale (1,2,4,1), or JSON.",
+        ),
     ] = "recipe",
     refine_cfg: Annotated[
-        float | None, typer.Option(min=0, help="Guidance in refinement. [default: the recipe's]")
+        float | None, typer.Option(min=0, rich_help_panel=OfNextScale, help="Guidance in refinement.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=OfMasked, help="Steps of phase 2, or of MAR.")
+    ] = None,
+    pivot_steps: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=OfMasked, help="Steps of phase 1.")
+    ] = None,
+    pivot_cfg: Annotated[
+        float | None, typer.Option(min=0, rich_help_panel=OfMasked, help="Guidance of phase 1; 1 is none.")
+    ] = None,
+    cfg_schedule: Annotated[
+        Literal["linear", "constant"] | None,
+        typer.Option(rich_help_panel=OfMasked, help="How guidance grows with the share of known tokens."),
+    ] = None,
+    pivot_cfg_schedule: Annotated[
+        Literal["linear", "constant"] | None,
+        typer.Option(rich_help_panel=OfMasked, help="The same in phase 1."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, rich_help_panel=OfMasked, help="Factor of ddpm's noise.")
+    ] = None,
+    head_sampler: Annotated[
+        Literal["ddpm", "ddim", "dpm++"] | None,
+        typer.Option(rich_help_panel=OfMasked, help="Diffusion sampler of the heads."),
+    ] = None,
+    head_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1000, rich_help_panel=OfMasked, help="Its steps. [default: 20 with ddim and dpm++]"
+        ),
+    ] = None,
+    pivot_head_steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, rich_help_panel=OfMasked, help="The same in phase 1.")
+    ] = None,
+    pivots: Annotated[
+        bool,
+        typer.Option("--pivots", rich_help_panel=OfMasked, help="Also write Hi-MAR's low-resolution images."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=0, help="Images at once; 0 is the recipe's.")] = 0,
     weights: Annotated[str, typer.Option(help="model or ema. [default: ema where it exists]")] = "",
     tokenizer: Annotated[
@@ -142,22 +201,49 @@ def sample(
 
     check_device(device)
     source = open_checkpoint(checkpoint)
-    flags = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "refine_cfg": refine_cfg}
-    given = {name: value for name, value in flags.items() if value is not None}
-    settings, passes = resolve(source, given, schedule)
-    classes = parse_labels(labels, source.class_names)
+    flags = {
+        "cfg": cfg,
+        "top_k": top_k,
+        "top_p": top_p,
+        "refine_cfg": refine_cfg,
+        "schedule": None if schedule == "recipe" else schedule,
+        "steps": steps,
+        "pivot_steps": pivot_steps,
+        "pivot_cfg": pivot_cfg,
+        "cfg_schedule": cfg_schedule,
+        "pivot_cfg_schedule": pivot_cfg_schedule,
+        "temperature": temperature,
+        "head_sampler": head_sampler,
+        "head_steps": head_steps,
+        "pivot_head_steps": pivot_head_steps,
+    }
+    resolved = resolve(source, {name: value for name, value in flags.items() if value is not None})
+    model_settings = source.recipe.model
+    if pivots and getattr(model_settings, "pivots", "none") == "none":
+        raise UserError(f"{source.folder} has no pivots to write", "leave out --pivots")
+    prompts = read_prompts(prompt or [], prompt_file)
+    check_condition(source, labels, prompts)
+    classes = [] if prompts else parse_labels(labels, source.class_names)
     if not dry_run:
         delegate(launch, device)
     from hmar_cli.builders import load_model
     from hmar_cli.console import console
-    from hmar_cli.sampling.images import Job, draw_images
-    from hmar_cli.sampling.next_scale import Settings
+    from hmar_cli.previews import sampler_settings
+    from hmar_cli.sampling.images import Conditions, Job, Keep, Labels, Prompts, draw_images
 
     model, codec, _ = load_model(checkpoint, weights, tokenizer)
+    conditions: Conditions = Labels(tuple(classes))
+    if source.recipe.text is not None:
+        import torch
+
+        from hmar_cli.data.captions import caption_encoder
+
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        conditions = Prompts(tuple(prompts), caption_encoder(source.recipe.text, place))
     job = Job(
-        settings=Settings(**settings, schedule=passes),
-        labels=tuple(classes),
-        count=count or len(classes),
+        settings=sampler_settings(resolved, refines=True),
+        conditions=conditions,
+        count=count or len(prompts) or len(classes),
         seed=seed,
         batch_size=batch_size or source.recipe.sample.batch_size,
         precision=precision,
@@ -166,12 +252,13 @@ def sample(
         "checkpoint": str(source.folder),
         "weights": weights or source.weights[-1],
         "tokenizer_hash": source.tokenizer_hash or codec.fingerprint(),
-        "class_names": [source.class_names[c] for c in classes],
+        **({} if prompts else {"class_names": [source.class_names[c] for c in classes]}),
         **job.describe(),
     }
     if not dry_run:
         width = columns or (len(classes) if 1 < len(classes) <= WIDEST else 0)
-        summary = draw_images(model, codec, job, out, device, about, width, npz)
+        keep = Keep(columns=width, npz=npz, pivots=pivots)
+        summary = draw_images(model, codec, job, out, device, about, keep)
         if summary is None:  # not the process that reports
             return
         about |= summary
@@ -180,31 +267,94 @@ def sample(
         print(json.dumps(about, indent=2, ensure_ascii=False))
 
 
-def resolve(
-    checkpoint: "Checkpoint", given: dict[str, Any], schedule: str
-) -> tuple[dict[str, Any], "Schedule"]:
-    """Complete the flags that were given by what the checkpoint's recipe says.
-
-    Returns:
-        Guidance and filters by name, and the refinement schedule.
+def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """Collect the prompts of the flags and of the file, which has one a line.
 
     Raises:
-        UserError: a tokenizer's checkpoint, or a schedule that does not fit or cannot be followed.
+        UserError: a file that cannot be read, or holds none.
     """
+    if file is None:
+        return prompts
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read {file}: {error}", "give a text file with a prompt on every line"
+        ) from error
+    found = [line for line in lines if line]
+    if not found:
+        raise UserError(f"{file} holds no prompt", "write one on every line")
+    return [*prompts, *found]
+
+
+def check_condition(checkpoint: "Checkpoint", labels: str, prompts: list[str]) -> None:
+    """See that a text model gets prompts, and another one labels.
+
+    Raises:
+        UserError: the wrong ones, or none for a text model.
+    """
+    if checkpoint.recipe.text is None and prompts:
+        raise UserError(
+            f"{checkpoint.folder} draws classes and knows no text", "use --labels with names or indices"
+        )
+    if checkpoint.recipe.text is not None and (labels or not prompts):
+        raise UserError(
+            f"{checkpoint.folder} draws what a text says", 'use --prompt "…" or --prompt-file FILE'
+        )
+
+
+def resolve(checkpoint: "Checkpoint", given: dict[str, Any]) -> "NextScaleSample | MaskedArSample":
+    """Complete the flags that were given by what the checkpoint's recipe says.
+
+    Raises:
+        UserError: a tokenizer's checkpoint, a flag of the other family, or values that cannot be followed.
+    """
+    from dataclasses import fields, replace
+
+    from hmar_cli.settings import NextScaleSample, impossible_combinations
+
     recipe = checkpoint.recipe
     if recipe.model is None:
         raise UserError(
             f"{checkpoint.folder} holds a tokenizer, not a model", "pass the checkpoint of a model"
         )
-    settings = {
-        name: getattr(recipe.sample, name) for name in ("cfg", "top_k", "top_p", "refine_cfg")
-    } | given
-    settings["top_k"] = min(settings["top_k"], recipe.tokenizer.vocab_size)
+    settings = recipe.sample
+    known = {each.name for each in fields(settings)}
+    if foreign := [f"--{name.replace('_', '-')}" for name in given if name not in known]:
+        family = "VAR or HMAR" if isinstance(settings, NextScaleSample) else "MAR or Hi-MAR"
+        raise UserError(
+            f"{checkpoint.folder} is a {family}, which has no {', '.join(foreign)}",
+            "`hmar sample --help` lists the flags of each family",
+        )
+    if isinstance(settings, NextScaleSample):
+        return _resolve_next_scale(checkpoint, settings, given)
+    if given.get("head_sampler", settings.head_sampler) != "ddpm" and settings.head_sampler == "ddpm":
+        given = {"head_steps": FAST_STEPS, "pivot_head_steps": FAST_STEPS, **given}
+        given.setdefault("temperature", 1.0)
+    chosen = replace(settings, **given)
+    if problems := impossible_combinations(replace(recipe, sample=chosen)):
+        raise UserError("these flags cannot be followed", "see `hmar sample --help`", problems)
+    return chosen
+
+
+def _resolve_next_scale(
+    checkpoint: "Checkpoint", settings: "NextScaleSample", given: dict[str, Any]
+) -> "NextScaleSample":
+    """The same for VAR and HMAR, whose schedule comes in several spellings."""
+    from dataclasses import replace
+
+    from hmar_cli.settings import Msvq
+
+    recipe = checkpoint.recipe
+    assert isinstance(recipe.tokenizer, Msvq)
     refines = recipe.objective.kind == "masked"
-    passes = parse_schedule(schedule, recipe.sample.schedule if refines else (), recipe.scales)
+    passes = parse_schedule(
+        given.get("schedule", "recipe"), settings.schedule if refines else (), recipe.scales
+    )
     if not refines and any(len(entry) > 1 for entry in passes):
         raise UserError(
             f"{checkpoint.folder} has no masked branch, so it cannot refine",
             "use --schedule none, or run `hmar finetune-masked` first",
         )
-    return settings, passes
+    chosen = replace(settings, **given | {"schedule": passes})
+    return replace(chosen, top_k=min(chosen.top_k, recipe.tokenizer.vocab_size))

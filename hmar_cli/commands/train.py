@@ -176,7 +176,7 @@ def next_lines(outcome: "Outcome", recipe: "Recipe") -> list[str]:
         )
     else:
         lines.append(f"next: hmar sample --checkpoint {outcome.checkpoint}")
-        if recipe.objective.kind == "next-scale" and recipe.model.pattern == "diagonal":
+        if recipe.objective.kind == "next-scale" and getattr(recipe.model, "pattern", "") == "diagonal":
             lines.append(f"  or: hmar finetune-masked {outcome.checkpoint} --data CACHE")
     return lines
 

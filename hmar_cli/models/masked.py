@@ -37,6 +37,8 @@ class ScaleVector(nn.Module):
         kind: which form.
     """
 
+    waves: Tensor
+
     def __init__(self, width: int, phases: int, kind: Literal["table", "sinusoidal"]) -> None:
         super().__init__()
         self.kind = kind
@@ -351,7 +353,7 @@ def _initialize(model: MaskedTransformer) -> None:
         if isinstance(module, nn.Linear) and not name.startswith("text."):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    tables = [model.null_embed, model.mask_token, model.head_pos_embed]
+    tables: list[Tensor] = [model.null_embed, model.mask_token, model.head_pos_embed]
     if model.class_embed is not None:
         tables.append(model.class_embed.weight)
     if model.pivot_grid is not None:

@@ -3,12 +3,12 @@
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,22 +18,77 @@ from torch import Tensor
 from hmar_cli.console import progress
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_file, write_json
+from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.report import image_grid, save_png, to_uint8
-from hmar_cli.sampling.next_scale import Settings, sample_next_scale
+from hmar_cli.sampling import masked, next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.tokenizers.kl import KlAutoencoder
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 GRID_LIMIT = 256
 """Most images that the grid shows."""
 
 
+class Conditions(Protocol):
+    """What the images are of; image i has the i-th condition, modulo their number."""
+
+    def encode(self, indices: Sequence[int], device: torch.device) -> Tensor:
+        """The conditions of images, as the model takes them, [B, ...]."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the images, for the record."""
+
+    def names(self, count: int) -> list[str]:
+        """What to write below the first images; empty strings for nothing."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Classes."""
+
+    labels: tuple[int, ...]
+
+    def encode(self, indices: Sequence[int], device: torch.device) -> Tensor:
+        """Labels [B] int64."""
+        return torch.tensor([self.labels[i % len(self.labels)] for i in indices], device=device)
+
+    def describe(self) -> dict[str, Any]:
+        """The labels."""
+        return {"labels": self.labels}
+
+    def names(self, count: int) -> list[str]:
+        """Nothing: columns of the grid are classes."""
+        return []
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts, with what encodes them."""
+
+    prompts: tuple[str, ...]
+    encoder: Callable[[Sequence[str]], np.ndarray[Any, Any]]
+
+    def encode(self, indices: Sequence[int], device: torch.device) -> Tensor:
+        """Token ids [B, T] int64, or embeddings [B, T, W] float32."""
+        rows = torch.from_numpy(self.encoder([self.prompts[i % len(self.prompts)] for i in indices]))
+        return (rows.float() if rows.is_floating_point() else rows.long()).to(device)
+
+    def describe(self) -> dict[str, Any]:
+        """The prompts."""
+        return {"prompts": self.prompts}
+
+    def names(self, count: int) -> list[str]:
+        """The prompts of the first images."""
+        return [self.prompts[i % len(self.prompts)] for i in range(count)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A set of images to draw: image i has label `labels[i % len(labels)]` and the noise of (seed, i)."""
+    """A set of images to draw: image i has condition i (modulo their number) and the noise of (seed, i)."""
 
-    settings: Settings
-    labels: tuple[int, ...]
+    settings: next_scale.Settings | masked.Settings
+    conditions: Conditions
     count: int
     seed: int
     batch_size: int
@@ -41,7 +96,27 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """Every setting that the images depend on, but for the precision, which the device decides."""
-        return {**asdict(self.settings), "labels": self.labels, "count": self.count, "seed": self.seed}
+        return {
+            **asdict(self.settings),
+            **self.conditions.describe(),
+            "count": self.count,
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What is written besides the images and sample.json.
+
+    Attributes:
+        columns: of the grid; 0 makes it about square.
+        npz: all images as one array for ADM's evaluator.
+        pivots: Hi-MAR's low-resolution images.
+    """
+
+    columns: int = 0
+    npz: bool = False
+    pivots: bool = False
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
@@ -65,29 +140,38 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 @torch.inference_mode()
 def generate(
-    model: NextScaleTransformer,
-    tokenizer: MultiScaleVQ,
+    model: NextScaleTransformer | MaskedTransformer,
+    tokenizer: MultiScaleVQ | KlAutoencoder,
     job: Job,
     indices: Sequence[int],
     device: torch.device,
-) -> Tensor:
-    """Draw the images of `indices`, [B, 3, H, W] in [-1, 1].
+) -> tuple[Tensor, Tensor | None]:
+    """Draw the images of `indices`.
 
-    On a CPU each image is decoded alone, since convolutions round differently in batches of different size: there the
-    same tokens always become the same pixels.
+    On a CPU each image is decoded alone, since convolutions round differently in batches of different size.
+
+    Returns:
+        Images [B, 3, H, W] in [-1, 1], and Hi-MAR's low-resolution ones [B, 3, H', W'].
 
     Raises:
         UserError: the model gave numbers that are not finite.
     """
-    index = torch.tensor(indices, device=device)
-    labels = torch.tensor(job.labels, device=device)[index % len(job.labels)]
+    condition = job.conditions.encode(indices, device)
+    noise = PhiloxNoise(job.seed, torch.tensor(indices, device=device))
     try:
         with autocast(device, job.precision):
-            noise = PhiloxNoise(job.seed, index)
-            tokens, f_hat = sample_next_scale(model, tokenizer.quantizer, labels, job.settings, noise)
-            if device.type == "cuda":
-                return tokenizer.decode(f_hat)
-            return torch.cat([tokenizer.decode_tokens(part) for part in tokens.split(1)])
+            if isinstance(model, NextScaleTransformer):
+                assert isinstance(tokenizer, MultiScaleVQ) and isinstance(job.settings, next_scale.Settings)
+                tokens, f_hat = next_scale.sample_next_scale(
+                    model, tokenizer.quantizer, condition, job.settings, noise
+                )
+                if device.type == "cuda":
+                    return tokenizer.decode(f_hat), None
+                return torch.cat([tokenizer.decode_tokens(part) for part in tokens.split(1)]), None
+            assert isinstance(tokenizer, KlAutoencoder) and isinstance(job.settings, masked.Settings)
+            sampled = masked.sample_masked(model, condition, job.settings, noise)
+            images = _decode(tokenizer, sampled.latents)
+            return images, None if sampled.pivots is None else _decode(tokenizer, sampled.pivots)
     except FloatingPointError as error:
         raise UserError(
             f"images {indices[0]} to {indices[-1]}: {error}",
@@ -95,30 +179,33 @@ def generate(
         ) from error
 
 
+def _decode(tokenizer: KlAutoencoder, latents: Tensor) -> Tensor:
+    size = len(latents) if latents.is_cuda else 1
+    return torch.cat([tokenizer.decode_latents(part) for part in latents.split(size)])
+
+
 def draw_images(
-    model: NextScaleTransformer,
-    tokenizer: MultiScaleVQ,
+    model: NextScaleTransformer | MaskedTransformer,
+    tokenizer: MultiScaleVQ | KlAutoencoder,
     job: Job,
     out: Path,
     device: str,
     about: dict[str, Any],
-    columns: int,
-    npz: bool,
+    keep: Keep,
 ) -> dict[str, Any] | None:
-    """Draw all images of a job into `out`: 000000.png ..., grid.png, sample.json, and samples.npz on request.
+    """Draw all images of a job into `out`: 000000.png ..., grid.png, sample.json, and what `keep` adds.
 
     Images that an earlier run with the same settings finished are kept, also where it drew fewer. Several processes
     share the work.
 
     Args:
-        model: the transformer, in evaluation mode.
+        model: the model, in evaluation mode.
         tokenizer: its tokenizer.
         job: what to draw.
         out: folder for the files.
         device: "cpu", "cuda" or "" for a GPU where there is one.
         about: recorded in sample.json; a folder with another record is refused.
-        columns: of the grid.
-        npz: also write all images as one array for ADM's evaluator.
+        keep: what else is written.
 
     Returns:
         Precision, seconds, images per second and images that were there already, in the first process; None in the
@@ -135,7 +222,7 @@ def draw_images(
     place = torch.device(device) if device and state.num_processes == 1 else state.device
     record = {**about, "precision": resolve_precision(place, job.precision)}
     _require_same_job(out, record)
-    there = sum(image_path(out, i).exists() for i in range(job.count))
+    there = sum(_complete(out, i, keep) for i in range(job.count))
     state.wait_for_everyone()  # all have seen what the folder held before it changes
     if state.is_main_process:
         for leftover in out.glob(".*.png.*.tmp"):  # of a killed run
@@ -143,14 +230,14 @@ def draw_images(
         write_json(out / "sample.json", {**record, "made_with": _made_with(place, state, job)})
     state.wait_for_everyone()
     start = time.perf_counter()
-    _draw_share(model.to(place), tokenizer.to(place), job, out, place, state)
+    _draw_share(model.to(place), tokenizer.to(place), job, out, place, state, keep)
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if state.num_processes > 1:
         state.destroy_process_group()
     if not state.is_main_process:
         return None
-    _finish(out, job.count, columns, npz)
+    _finish(out, job, keep)
     return {
         "precision": record["precision"],
         "device": str(place),
@@ -161,12 +248,18 @@ def draw_images(
 
 
 def _draw_share(
-    model: NextScaleTransformer, tokenizer: MultiScaleVQ, job: Job, out: Path, place: torch.device, state: Any
+    model: NextScaleTransformer | MaskedTransformer,
+    tokenizer: MultiScaleVQ | KlAutoencoder,
+    job: Job,
+    out: Path,
+    place: torch.device,
+    state: Any,
+    keep: Keep,
 ) -> None:
     """Draw what is missing of this process's images, every `num_processes`-th; the first process shows a bar."""
     world = state.num_processes
     share = range(state.process_index, job.count, world)
-    missing = [i for i in share if not image_path(out, i).exists()]
+    missing = [i for i in share if not _complete(out, i, keep)]
     title = "sampling" if world == 1 else f"sampling (one of {world} processes)"
     with contextlib.ExitStack() as stack:
         bar = None
@@ -174,16 +267,31 @@ def _draw_share(
             bar = stack.enter_context(progress(title, len(share), completed=len(share) - len(missing)))
         for first in range(0, len(missing), job.batch_size):
             batch = missing[first : first + job.batch_size]
-            images = to_uint8(generate(model, tokenizer, job, batch, place))
-            for i, pixels in zip(batch, images, strict=True):
-                save_png(Image.fromarray(pixels), image_path(out, i))
+            images, pivots = generate(model, tokenizer, job, batch, place)
+            if keep.pivots and pivots is not None:
+                _save(pivots, [pivot_path(out, i) for i in batch])
+            _save(images, [image_path(out, i) for i in batch])
             if bar is not None:
                 bar.advance(len(batch))
+
+
+def _save(images: Tensor, paths: Sequence[Path]) -> None:
+    for path, pixels in zip(paths, to_uint8(images), strict=True):
+        save_png(Image.fromarray(pixels), path)
 
 
 def image_path(out: Path, index: int) -> Path:
     """Where image `index` of a job lies."""
     return out / f"{index:06d}.png"
+
+
+def pivot_path(out: Path, index: int) -> Path:
+    """Where its low-resolution image lies."""
+    return out / f"{index:06d}-pivots.png"
+
+
+def _complete(out: Path, index: int, keep: Keep) -> bool:
+    return image_path(out, index).exists() and (not keep.pivots or pivot_path(out, index).exists())
 
 
 def _require_same_job(out: Path, record: dict[str, Any]) -> None:
@@ -220,18 +328,22 @@ def _made_with(place: torch.device, state: Any, job: Job) -> dict[str, Any]:
     }
 
 
-def _finish(out: Path, count: int, columns: int, npz: bool) -> None:
-    """Write the grid of the first images and, on request, the array of all."""
+def _finish(out: Path, job: Job, keep: Keep) -> None:
+    """Write grids of the first images and, on request, the array of all."""
 
-    def pixels(i: int) -> np.ndarray[Any, Any]:
-        with Image.open(image_path(out, i)) as image:
+    def pixels(path: Path) -> np.ndarray[Any, Any]:
+        with Image.open(path) as image:
             return np.asarray(image)
 
-    shown = [pixels(i) for i in range(min(count, GRID_LIMIT))]
-    save_png(image_grid(shown, columns), out / "grid.png")
-    if npz:
-        every = np.empty((count, *shown[0].shape), np.uint8)  # 50 000 images fill 9 GiB: held once
-        for i in range(count):
-            every[i] = pixels(i)
+    count = min(job.count, GRID_LIMIT)
+    shown = [pixels(image_path(out, i)) for i in range(count)]
+    save_png(image_grid(shown, keep.columns, captions=job.conditions.names(count)), out / "grid.png")
+    if keep.pivots:
+        small = [pixels(pivot_path(out, i)) for i in range(count)]
+        save_png(image_grid(small, keep.columns), out / "grid-pivots.png")
+    if keep.npz:
+        every = np.empty((job.count, *shown[0].shape), np.uint8)  # 50 000 images fill 9 GiB: held once
+        for i in range(job.count):
+            every[i] = pixels(image_path(out, i))
         with atomic_file(out / "samples.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, arr_0=every)

@@ -146,7 +146,7 @@ def sample_masked(
 def _picture(tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """Tokens [B, n, C] as a map [B, C, h, w]."""
     assert grid is not None
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    return torch.unflatten(tokens.transpose(1, 2), 2, grid)
 
 
 @dataclass

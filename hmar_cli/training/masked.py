@@ -233,12 +233,12 @@ class MaskedArTraining(Objective):
         if head.global_context:
             counted = torch.zeros_like(draws.order, dtype=error.dtype).scatter(1, draws.hidden, 1.0)  # [B, n]
             error = error * counted.repeat(self.repeats, 1)
-        return error.mean()
+        return error.mean()  # type: ignore[no-any-return]
 
     def latents(self, moments: Tensor) -> Tensor:
         """Draw from the posterior [B, 2Z, h, w], scale, and put in a row: [B, h w, C]."""
         mean = moments[:, : moments.shape[1] // 2]
-        latents = sample_posterior(moments, torch.randn_like(mean)) * self.latent_scale
+        latents: Tensor = sample_posterior(moments, torch.randn_like(mean)) * self.latent_scale
         return latents.flatten(2).transpose(1, 2).contiguous()
 
     def draw(self, tokens: Tensor, head: MlpHead | TransformerHead, law: Masking) -> Draws:
