@@ -158,7 +158,7 @@ def test_the_closed_formula_gives_the_published_parameter_counts(name: str, para
 def test_the_rows_of_the_ablation_have_the_sizes_of_the_paper(row: str, millions: int) -> None:
     parameters = model_parameters(load_recipe(f"himar-b-{row}"))
     assert parameters is not None
-    assert int(parameters / 1e6) == millions
+    assert abs(parameters / 1e6 - millions) < 0.6
 
 
 @pytest.mark.parametrize("size", ["b", "cifar10"])

@@ -147,7 +147,7 @@ def _reshaped(target: str, value: Tensor, phases: int) -> Tensor:
     return value
 
 
-def same_names(weights: Mapping[str, Imported]) -> None:
+def require_alike(weights: Mapping[str, Imported]) -> None:
     """Refuse averaged weights that are not of the same tensors as the raw ones.
 
     Raises:

@@ -39,14 +39,14 @@ def list_recipes(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("recipe", "what", "data", "pixels", "tokens", "params", box=None, header_style="bold")
-    for column in table.columns:
-        column.no_wrap = True
-        column.justify = "left" if column.header in ("recipe", "what", "data") else "right"
+    table = Table(box=None, header_style="bold")
+    for header in ("recipe", "what", "data", "pixels", "tokens", "params"):
+        words, cut = header in ("recipe", "what", "data"), header in ("what", "data")
+        cells = [header, *(_cell(row, header) for row in rows)]
+        width = None if cut else max(map(len, cells))  # in a narrow terminal, names and numbers stay whole
+        table.add_column(header, justify="left" if words else "right", no_wrap=True, min_width=width)
     for row in rows:
-        parameters = f"{row['parameters'] / 1e6:.0f}M" if row["parameters"] else ""
-        tokens = f"{row['pivots']} + {row['tokens']}" if row["pivots"] else str(row["tokens"])
-        table.add_row(*(str(row[key]) for key in ("name", "what", "data", "size")), tokens, parameters)
+        table.add_row(*(_cell(row, str(column.header)) for column in table.columns))
     Console().print(table)
 
 
@@ -151,6 +151,15 @@ def _summary(recipe: Recipe) -> dict[str, Any]:
         "pivots": _pivots(recipe),
         "parameters": model_parameters(recipe),
     }
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    """A cell of the table of recipes."""
+    if column == "tokens":
+        return f"{row['pivots']}+{row['tokens']}" if row["pivots"] else str(row["tokens"])
+    if column == "params":
+        return f"{row['parameters'] / 1e6:.0f}M" if row["parameters"] else ""
+    return str(row[{"recipe": "name", "pixels": "size"}.get(column, column)])
 
 
 def _family(recipe: Recipe) -> str:
