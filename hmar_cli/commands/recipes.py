@@ -39,12 +39,11 @@ def list_recipes(as_json: Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     for header in ("recipe", "what", "data", "pixels", "tokens", "params"):
-        words, cut = header in ("recipe", "what", "data"), header in ("what", "data")
-        cells = [header, *(_cell(row, header) for row in rows)]
-        width = None if cut else max(map(len, cells))  # in a narrow terminal, names and numbers stay whole
-        table.add_column(header, justify="left" if words else "right", no_wrap=True, min_width=width)
+        words = header in ("recipe", "what", "data")
+        # in a narrow terminal the data's name is cut, which is one word; names and numbers stay whole
+        table.add_column(header, justify="left" if words else "right", no_wrap=header != "data")
     for row in rows:
         table.add_row(*(_cell(row, str(column.header)) for column in table.columns))
     Console().print(table)
