@@ -61,6 +61,8 @@ def _feature(values: object) -> object:
     if isinstance(values, Classes):
         return datasets.ClassLabel(names=values.names)
     assert isinstance(values, list)
+    if isinstance(values[0], list):
+        return datasets.Sequence(datasets.Value("string"))
     return datasets.Value(
         {str: "string", int: "int64", float: "float64"}[type(next(v for v in values if v is not None))]
     )
