@@ -434,6 +434,8 @@ def _next_scale_problems(recipe: Recipe, model: NextScale) -> Iterator[str]:
 
 def _masked_ar_problems(recipe: Recipe, model: MaskedAr) -> Iterator[str]:
     yield from _head_problems("model.width", model.width, "model.heads", model.heads)
+    if isinstance(recipe.text, JointText):
+        yield from _head_problems("text.width", recipe.text.width, "text.heads", recipe.text.heads)
     for head in ("pivot_head", "dense_head"):
         if getattr(model, head) == "transformer":
             width, heads = (f"model.{head}_{name}" for name in ("width", "heads"))

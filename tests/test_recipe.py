@@ -321,6 +321,7 @@ def test_an_unknown_key_is_answered_by_the_nearest(override: str, suggestion: st
         ("hmar-d16", ["model.heads=24"], "1024 is not divisible by model.heads = 24"),
         ("hmar-d16", ["model.heads=256"], "4 channels a head"),
         ("hmar-d16", ["model.heads=2"], "512 channels a head"),
+        ("himar-scenes", ["text.heads=5"], "text.width: 256 is not divisible by text.heads = 5"),
         ("hmar-d16-masked", ["objective.layers=17"], "17 blocks to finetune, but model.depth is 16"),
         ("hmar-d16-masked", ["model.pattern=causal"], 'model.pattern = "diagonal"'),
         ("hmar-d16-masked", ["sample.schedule=[[1],[2,3]]"], "expected a schedule of 10 scales, got 2"),

@@ -138,13 +138,11 @@ def _mistakes(name: str) -> tuple[str, ...]:
 
 
 def _summary(recipe: Recipe) -> dict[str, Any]:
-    source = Path(recipe.data.source.removeprefix("builtin:"))
-    data = source.parent.name if source.name == "train" else source.stem.removesuffix("-train")
     return {
         "name": recipe.name,
         "what": _family(recipe),
         "description": recipe.description,
-        "data": data,
+        "data": _data(recipe.data.source),
         "size": recipe.data.size,
         "tokens": recipe.scales.total if isinstance(recipe.tokenizer, Msvq) else math.prod(recipe.grid),
         "pivots": _pivots(recipe),
@@ -159,6 +157,14 @@ def _cell(row: dict[str, Any], column: str) -> str:
     if column == "params":
         return f"{row['parameters'] / 1e6:.0f}M" if row["parameters"] else ""
     return str(row[{"recipe": "name", "pixels": "size"}.get(column, column)])
+
+
+def _data(source: str) -> str:
+    """A short name of a source."""
+    if source.startswith("coco:"):
+        return "coco"
+    path = Path(source.removeprefix("builtin:").partition("?")[0])
+    return path.parent.name if path.name == "train" else path.stem.removesuffix("-train")
 
 
 def _family(recipe: Recipe) -> str:
