@@ -1,6 +1,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hmar_cli.data import batches
 from hmar_cli.data.ahead import ordered_map, prefetch
 from hmar_cli.data.batches import cache_batches, epoch_length, image_batches, order
 from hmar_cli.data.cache import Cache
-from hmar_cli.data.sources import open_source
+from hmar_cli.data.images import Example
+from hmar_cli.data.sources import DrawnSource, open_source
 from hmar_cli.data.transforms import image_transform
 from hmar_cli.data.writer import CacheWriter
 from hmar_cli.errors import UserError
@@ -224,3 +226,79 @@ def test_prefetch_passes_items_errors_and_stops_when_closed() -> None:
     endless = prefetch(itertools.count())
     assert next(endless) == 0
     endless.close()  # returns, so its thread has ended
+
+
+def both_sizes(pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Stands in for a KL autoencoder: each picture's mean colours by column, whole and of its left half."""
+    columns = pixels.mean(1).transpose(0, 2, 1).astype(np.float16)  # n 3 W
+    return {"moments": columns[:, :, None], "pivot_moments": columns[:, :, None, :6]}
+
+
+def numbered(captions: list[str]) -> np.ndarray:
+    return np.array([[len(each), 7] for each in captions], np.uint16)
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Moments of 24 drawings, mirrored too, each with the captions of three lengths."""
+
+    class Texts(DrawnSource):
+        def _example(self, index: int) -> Example:
+            return replace(super()._example(index), captions=("a", "bb", "ccc"))
+
+    folder = tmp_path_factory.mktemp("latents") / "c"
+    drawn = shapes(24)
+    assert isinstance(drawn, DrawnSource)
+    source = Texts(drawn.name, drawn.class_names, 24, drawn.draw)
+    settings = settings_for(source, kind="moments", captions=3, text="ids:2", pivot_size=(6, 6))
+    writer = CacheWriter(folder, source, settings, both_sizes, numbered)
+    writer.begin()
+    writer.run()
+    writer.finish()
+    return Cache.open(folder)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_moments_share_a_view_and_captions_are_chosen_apart(
+    latents: Cache, threaded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "THREADED", 0 if threaded else 1 << 30)
+    every = np.arange(24)
+    stored = [
+        {name: latents.fetch(name, every, np.full(24, view)) for name in ("moments", "pivot_moments")}
+        for view in (0, 1)
+    ]
+    seen: dict[tuple[int, int], int] = {}
+    for batch in take(cache_batches(latents, batch_size=4, seed=0), 150):
+        assert {name: tensor.dtype for name, tensor in batch.items()} == {
+            "moments": torch.float32,
+            "pivot_moments": torch.float32,
+            "text": torch.int64,
+            "label": torch.int64,
+            "index": torch.int64,
+        }
+        assert (batch["moments"].shape, batch["pivot_moments"].shape) == ((4, 3, 1, 12), (4, 3, 1, 6))
+        for row, index in enumerate(batch["index"].tolist()):
+            (view,) = (
+                v for v in (0, 1) if np.array_equal(batch["moments"][row], stored[v]["moments"][index])
+            )
+            np.testing.assert_array_equal(batch["pivot_moments"][row], stored[view]["pivot_moments"][index])
+            length, other = batch["text"][row].tolist()
+            assert other == 7
+            seen[view, length] = seen.get((view, length), 0) + 1
+    assert set(seen) == set(itertools.product((0, 1), (1, 2, 3)))
+    assert min(seen.values()) > 0.7 * 600 / 6  # every view comes with every caption
+
+
+def test_rows_of_moments_can_start_anywhere_and_be_shared(latents: Cache) -> None:
+    whole = take(cache_batches(latents, batch_size=4, seed=3), 14)
+    for start in (2, 6, 11):
+        again = take(cache_batches(latents, batch_size=4, seed=3, start=start), 3)
+        parts = [
+            take(cache_batches(latents, batch_size=2, seed=3, start=start, rank=r, world=2), 3)
+            for r in (0, 1)
+        ]
+        for step in range(3):
+            for name, tensor in whole[start + step].items():
+                assert torch.equal(again[step][name], tensor)
+                assert torch.equal(torch.cat([part[step][name] for part in parts]), tensor)

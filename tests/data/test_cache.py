@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pictures import Classes
 
 from hmar_cli.data.cache import Cache, CacheSettings
 from hmar_cli.data.images import ImageSource
@@ -19,6 +21,7 @@ from hmar_cli.data.transforms import image_transform
 from hmar_cli.data.verify import verify_sample
 from hmar_cli.data.writer import CacheWriter
 from hmar_cli.errors import UserError
+from hmar_cli.files import file_sha256
 
 LENGTH = 6
 
@@ -388,3 +391,57 @@ def test_verify_sample_sees_another_encoder(tmp_path: Path) -> None:
     other = open_source("builtin:shapes?count=20&seed=1", size=12)
     with pytest.raises(UserError, match="is not what was cached"):
         verify_sample(cache, other, encode, batches=99)
+
+
+def test_caches_of_the_first_version_open_and_go_on(tmp_path: Path) -> None:
+    """They had one caption an image, and none of the settings that moments and captions need."""
+    whole = write(tmp_path / "c")
+    captions = whole.captions(np.arange(20))
+    added = ("pivot_size", "captions", "text")
+    settings = json.loads((tmp_path / "c/settings.json").read_text())
+    for name in added:
+        del settings[name]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    manifest = json.loads((tmp_path / "c/manifest.json").read_text())
+    manifest = {name: value for name, value in manifest.items() if name not in (*added, "captioned")}
+    manifest |= {"captions": True, "arrays": {"tokens": {"dtype": "uint16", "shape": [LENGTH]}}}
+    for number, shard in enumerate(manifest["shards"]):
+        stem = tmp_path / f"c/shards/shard-{number:05d}"
+        lines = [json.loads(line)[0] for line in Path(f"{stem}.captions.jsonl").read_text().splitlines()]
+        Path(f"{stem}.captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        name = f"{stem.name}.captions.jsonl"
+        shard["files"][name] = {
+            "bytes": Path(f"{stem}.captions.jsonl").stat().st_size,
+            "sha256": file_sha256(Path(f"{stem}.captions.jsonl")),
+        }
+        record = json.loads(Path(f"{stem}.json").read_text())
+        assert record["settings"] == digest
+        record |= {"files": shard["files"], "arrays": manifest["arrays"]}
+        Path(f"{stem}.json").write_text(json.dumps(record))
+    (tmp_path / "c/settings.json").write_text(json.dumps(settings))
+    (tmp_path / "c/manifest.json").write_text(json.dumps(manifest))
+    cache = Cache.open(tmp_path / "c")
+    assert (cache.manifest.captioned, cache.manifest.captions, cache.manifest.pivot_size) == (True, 0, None)
+    assert cache.captions(np.arange(20)) == captions
+    assert verify_sample(cache, shapes(), encode, batches=99) == (20, {"tokens": 1.0})
+    writer = CacheWriter(tmp_path / "c", shapes(), settings_for(shapes()), encode, batch_size=3)
+    assert writer.run() == 0  # nothing is made again
+    writer.finish()
+    assert Cache.open(tmp_path / "c").captions(np.arange(20)) == captions
+
+
+def test_other_captions_are_found(tmp_path: Path, make_parquet: Callable[..., Path]) -> None:
+    label = Classes(["a", "b"], [0, 1, 0, 1, 0, 1])
+    source = open_source(str(make_parquet(label=label, caption=["one"] * 6)))
+    cache = write(tmp_path / "c", source)
+    assert verify_sample(cache, source, encode) == (6, {"tokens": 1.0})
+    other = open_source(str(make_parquet("other.parquet", label=label, caption=["one"] * 5 + ["two"])))
+    with pytest.raises(UserError, match=r"captions \('two',\) instead of \('one',\)"):
+        verify_sample(cache, other, encode)
+
+
+def test_captions_need_an_encoder(tmp_path: Path) -> None:
+    source = shapes()
+    writer = CacheWriter(tmp_path, source, settings_for(source, captions=2, text="ids:4"), encode)
+    with pytest.raises(ValueError, match="expected encode_text"):
+        writer.run()

@@ -1,5 +1,6 @@
 import inspect
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,9 @@ def test_hub_name_that_cannot_be_reached_is_one_line() -> None:
         ("no/such/folder", "no such source: no/such/folder", "owner/name"),
         ("./nowhere", "no such source", "folder"),
         ("missing.parquet", "no such source: missing.parquet", "parquet"),
-        ("builtin:circles", "no built-in data called 'builtin:circles'", "builtin:shapes"),
+        ("builtin:circles", "no built-in data called 'builtin:circles'", "builtin:shapes and builtin:scenes"),
+        ("builtin:shapes?split=test", "unknown option 'split'", ""),
+        ("builtin:scenes?split=tset", "expected all, train, test", ""),
         ("builtin:shapes?cuont=3", "unknown option 'cuont'", "did you mean 'count'?"),
         ("builtin:shapes?count=many", "count=many: expected a whole number", ""),
         ("builtin:shapes?count=0", "expected at least 1", ""),
@@ -296,3 +299,80 @@ def test_shapes_source() -> None:
 
 def test_module_says_how_sources_are_spelled() -> None:
     assert sources.__doc__ is not None and "owner/name" in sources.__doc__
+
+
+def test_builtin_scenes() -> None:
+    source = open_source("builtin:scenes?count=4&seed=1&split=test", size=32)
+    assert (len(source), source.class_names, source.captioned) == (4, ("scene",), True)
+    example = source[3]
+    assert example.image is not None and example.image.size == (32, 32)
+    assert example.captions == (example.caption,) and example.label == 0
+    assert any(relation in example.caption for relation in ("left of", "right of", "above", "below"))
+    assert open_source("builtin:scenes?count=4&seed=1&split=train", size=32)[3].caption != example.caption
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_with_several_captions(make_parquet: Parquet, streaming: bool) -> None:
+    texts = [["a", "b"], [], ["c"], ["d", "", "e"], ["f"], ["g"]]
+    path = make_parquet(captions=texts)
+    source = open_source(f"{path}?streaming=true" if streaming else str(path))
+    assert source.captioned and source.class_names == UNLABELLED
+    found = [example.captions for example in source.read(0, 4)]
+    assert found == [("a", "b"), (), ("c",), ("d", "e")]
+    assert not open_source(f"{make_parquet('plain.parquet')}").captioned
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """Annotations of four images: one with two captions, one without a file, one broken, one without captions."""
+    (tmp_path / "images").mkdir()
+    for number in (0, 3):
+        picture(number).save(tmp_path / f"images/{number}.png")
+    (tmp_path / "images/2.png").write_bytes(encoded(2)[:30])
+    table = {
+        "info": {"year": 2014},
+        "images": [{"id": 100 + i, "file_name": f"{i}.png", "height": 10, "width": 12} for i in range(4)],
+        "annotations": [
+            {"id": 1, "image_id": 102, "caption": "broken"},
+            {"id": 2, "image_id": 100, "caption": " a dark picture\n"},
+            {"id": 3, "image_id": 101, "caption": "lost"},
+            {"id": 4, "image_id": 100, "caption": "a green one"},
+            {"id": 5, "image_id": 999, "caption": "of nothing"},
+        ],
+    }
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(table))
+    return path
+
+
+def test_coco(coco: Path) -> None:
+    source = open_source(f"coco:{coco}?images={coco.parent / 'images'}")
+    assert (len(source), source.class_names, source.captioned) == (5, UNLABELLED, True)
+    examples = list(source.read(0, 9))
+    assert [example.index for example in examples] == list(range(5))
+    assert [number_of(e.image) if e.image else None for e in examples] == [0, None, None, 3, None]
+    assert examples[0].captions == ("a dark picture", "a green one")
+    assert examples[3].captions == () and examples[3].caption == ""
+    assert [bool(e.error) for e in examples] == [False, True, True, False, True]
+    assert "No such file" in examples[1].error and "999" in examples[4].error
+
+
+def test_mistakes_in_coco(coco: Path) -> None:
+    images = coco.parent / "images"
+    cases = {
+        f"coco:{coco}": "does not say where its images are",
+        f"coco:{coco}?images={images}-2": "no such folder",
+        f"coco:{coco}-2?images={images}": "no such file",
+        f"coco:{coco}?image={images}": "unknown option 'image'",
+    }
+    for spec, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            open_source(spec)
+    coco.write_text(
+        '{"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1, "bbox": []}]}'
+    )
+    with pytest.raises(UserError, match="no JSON of captions in COCO's form: KeyError: 'caption'"):
+        open_source(f"coco:{coco}?images={images}")
+    coco.write_text('{"images": [{"id": 1, "file_name": "0.png"}], "annotations": []}')
+    with pytest.raises(UserError, match="captions of 0"):
+        open_source(f"coco:{coco}?images={images}")

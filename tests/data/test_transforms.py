@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hmar_cli.data.transforms import image_transform, to_tensor
+from hmar_cli.data.transforms import image_transform, shrink, to_tensor
 
 RNG = np.random.default_rng(0)
 
@@ -95,3 +95,23 @@ def test_wrong_arguments() -> None:
         image_transform(16, "center", train=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="positive"):
         image_transform([0, 4], "adm", train=False)
+
+
+def test_shrink_means_whole_blocks() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 12, 8, 3), np.uint8)
+    small = shrink(pixels, (4, 4))
+    assert (small.shape, small.dtype) == ((3, 4, 4, 3), np.uint8)
+    means = pixels.reshape(3, 4, 3, 4, 2, 3).astype(np.float64).mean((2, 4))
+    assert np.abs(small - means).max() <= 0.5
+    np.testing.assert_array_equal(shrink(pixels, (12, 8)), pixels)
+
+
+def test_shrink_by_other_factors_is_bicubic_and_antialiased() -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (2, 20, 30, 3), np.uint8)
+    wide = torch.nn.functional.interpolate(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).float(), (8, 12), mode="bicubic", antialias=True
+    )
+    expected = wide.round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(shrink(pixels, (8, 12)) - expected).max() <= 1
+    with pytest.raises(ValueError, match="within 20 x 30"):
+        shrink(pixels, (21, 30))
