@@ -12,7 +12,8 @@ from hmar_cli.settings import ClipText, JointText
 if TYPE_CHECKING:
     import torch
 
-BATCH = 128  # captions that a tower encodes at once
+BATCHES = {"cpu": 1, "cuda": 128}
+"""Captions that a tower encodes at once: always as many, since rows round alike in batches of one size only."""
 
 
 def describe(settings: ClipText | JointText) -> str:
@@ -34,8 +35,8 @@ def caption_encoder(
         device: where a frozen tower runs.
 
     Returns:
-        From n captions to ids (n, T) uint16, or to embeddings (n, T, W) float16. A caption's embeddings may differ
-        in their last bits with the captions encoded beside it.
+        From n captions to ids (n, T) uint16, or to embeddings (n, T, W) float16. What a caption becomes does not
+        depend on those beside it.
 
     Raises:
         UserError: a tower, a tag or a file that is not there or not to be read.
@@ -63,18 +64,23 @@ def _frozen_tower(
         tower = ClipTextEncoder.from_pretrained(settings.tower, settings.weights).to(device)
     except ConnectionError as error:
         hint = (
-            "download the file elsewhere and say --set text.weights=FILE, or train one's own: text.kind=joint"
+            "download them elsewhere and set text.weights to the file, or train without CLIP: text.kind=joint"
         )
         raise UserError(str(error), hint) from error
     except FileNotFoundError as error:
         raise UserError(str(error), "text.weights is a tag of open_clip, or a file of weights") from error
     except ValueError as error:
         raise UserError(f"[text]: {error}", "see text.tower and text.weights of the recipe") from error
+    kind = torch.device(device).type
+    size = BATCHES.get(kind, 1)
 
     @torch.inference_mode()
+    @torch.autocast(kind, enabled=False)  # prompts are encoded as captions were, whoever asks
     def encode(captions: Sequence[str]) -> npt.NDArray[np.float16]:
-        parts = [captions[i : i + BATCH] for i in range(0, len(captions), BATCH)] or [captions]
-        hidden = torch.cat([tower(tower.tokenize(part).to(device)) for part in parts])  # n T W
+        padded = [*captions, *[""] * (-len(captions) % size)]
+        batches = (tower.tokenize(padded[i : i + size]) for i in range(0, len(padded), size))
+        nothing = torch.empty(0, tower.context_length, tower.width, device=device)
+        hidden = torch.cat([nothing, *(tower(ids.to(device)) for ids in batches)])[: len(captions)]  # n T W
         half = hidden.half().cpu().numpy()
         if not np.isfinite(half).all():
             raise UserError(

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 
+from hmar_cli.data import captions
 from hmar_cli.data.captions import caption_encoder, describe
 from hmar_cli.errors import UserError
 from hmar_cli.models.text import tokenize
@@ -44,13 +45,17 @@ def test_a_joint_model_gets_ids() -> None:
     assert encode([]).shape == (0, 12)
 
 
-def test_a_frozen_tower_gives_embeddings(weights: Path) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_frozen_tower_gives_embeddings(weights: Path, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(captions.BATCHES, "cpu", batch)
     encode = caption_encoder(ClipText(tower="small", weights=str(weights)), "cpu")
     together = encode(TEXTS)
     assert together.dtype == np.float16 and together.shape == (3, 16, 32)
     assert np.ptp(together, axis=0).max() > 0.1  # captions differ
     for text, hidden in zip(TEXTS, together, strict=True):
         assert np.array_equal(encode([text])[0], hidden)  # whatever is encoded beside it
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(encode(TEXTS), together)
     assert encode([]).shape == (0, 16, 32)
 
 
