@@ -24,7 +24,8 @@ Encode images once, into a cache of tokens or latents that models train on.
 SOURCE is a folder of images (a subfolder for each class), `.parquet` or WebDataset `.tar` files (one, a pattern or
 a folder), `owner/name` of the Hugging Face hub, `coco:CAPTIONS.json?images=FOLDER`, `builtin:shapes` or
 `builtin:scenes`. Options follow a question mark: `split`, `image`, `label`, `caption` (names of columns; a caption
-may be a list of strings), `config`, `streaming=true`, `classes`; for `builtin:` `count` and `seed`.
+may be a list of strings), `config`, `streaming=true`, `classes`; for `builtin:` `count`,
+`seed`, and of scenes `split`.
 
 Of a multi-scale tokenizer tokens are stored; of a KL autoencoder means and log-variances, at the full size and at
 the recipe's `data.pivot_size`. A KL autoencoder whose latent scale is not known yet has it measured here: the cache
