@@ -319,9 +319,10 @@ def _with_tokenizer(recipe: "Recipe", path: Path) -> tuple["Recipe", Path, str]:
     ours, theirs = recipe.tokenizer, found.recipe.tokenizer
     wanted, given = (_shape(each) for each in (ours, theirs))
     if wanted != given:
+        scales = "import the tokenizer with the model's --scales, or " if isinstance(ours, Msvq) else ""
         raise UserError(
             f"the model needs a tokenizer with {wanted}; {path} has {given}",
-            "import the tokenizer with the model's --scales, or give the model's own tokenizer",
+            f"{scales}give the model's own tokenizer",
         )
     if isinstance(theirs, Kl) and not theirs.latent_scale:
         raise UserError(
