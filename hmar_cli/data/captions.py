@@ -63,9 +63,7 @@ def _frozen_tower(
     try:
         tower = ClipTextEncoder.from_pretrained(settings.tower, settings.weights).to(device)
     except ConnectionError as error:
-        hint = (
-            "download them elsewhere and set text.weights to the file, or train without CLIP: text.kind=joint"
-        )
+        hint = "download them elsewhere and set text.weights to the file, or use text.kind=joint"
         raise UserError(str(error), hint) from error
     except FileNotFoundError as error:
         raise UserError(str(error), "text.weights is a tag of open_clip, or a file of weights") from error
@@ -74,13 +72,13 @@ def _frozen_tower(
     kind = torch.device(device).type
     size = BATCHES.get(kind, 1)
 
-    @torch.inference_mode()
-    @torch.autocast(kind, enabled=False)  # prompts are encoded as captions were, whoever asks
     def encode(captions: Sequence[str]) -> npt.NDArray[np.float16]:
         padded = [*captions, *[""] * (-len(captions) % size)]
-        batches = (tower.tokenize(padded[i : i + size]) for i in range(0, len(padded), size))
-        nothing = torch.empty(0, tower.context_length, tower.width, device=device)
-        hidden = torch.cat([nothing, *(tower(ids.to(device)) for ids in batches)])[: len(captions)]  # n T W
+        with torch.inference_mode(), torch.autocast(kind, enabled=False):  # alike for captions and prompts
+            batches = (tower.tokenize(padded[i : i + size]) for i in range(0, len(padded), size))
+            nothing = torch.empty(0, tower.context_length, tower.width, device=device)
+            hidden = torch.cat([nothing, *(tower(ids.to(device)) for ids in batches)])  # n T W, and padding
+        hidden = hidden[: len(captions)]
         half = hidden.half().cpu().numpy()
         if not np.isfinite(half).all():
             raise UserError(
