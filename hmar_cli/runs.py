@@ -440,7 +440,7 @@ def adopt_cache(recipe: Recipe, cache: Cache) -> Recipe:
     model = replace(recipe.model, num_classes=len(manifest.class_names))
     adopted = replace(recipe, data=data, tokenizer=tokenizer, model=model)
     theirs, ours = _what_cache_holds(adopted, manifest.text), _what_cache_holds(recipe, _text_of(recipe))
-    if ours["pivots"] == "none":  # MAR may train on a cache with pivots, and without captions
+    if ours.get("pivots") == "none":  # MAR may train on a cache with pivots, and without captions
         theirs["pivots"] = "none"
     different = [f"{name}: {theirs.get(name)} in the cache, {ours[name]} in the recipe" for name in ours]
     different = [line for line, name in zip(different, ours, strict=True) if theirs.get(name) != ours[name]]
