@@ -10,6 +10,7 @@ SHARED = {"errors", "files", "console"}
 MAY_IMPORT = {
     "settings.py": {"models"},
     "recipe.py": {"settings"},
+    "sizes.py": {"settings"},
     "models": set(),
     "tokenizers": {"models"},
     "checkpoints": {"models", "recipe", "settings"},

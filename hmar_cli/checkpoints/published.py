@@ -7,6 +7,7 @@ settings off the shapes, and accounts for every key. Files are read without unpi
 import argparse
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,20 @@ LICENCES = {
     "mar": "MIT (LTH14/mar)",
     "himar": "none stated (HiDream-ai/himar): ask its authors before you share or use them",
 }
+
+BROKEN = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    OSError,
+    struct.error,
+    SafetensorError,
+)
+"""What reading a file can end in that is cut short, damaged, or no checkpoint at all."""
 
 _ATTENTION = {
     "attn.mat_qkv.weight": "attention.qkv.weight",
@@ -163,8 +178,11 @@ def _load(path: Path) -> object:
             f"{path} holds pickled objects beyond tensors, which could run code: refused",
             "keep only its state dict, on a machine where you trust the file",
         ) from error
-    except (RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        raise UserError(f"{path} is no readable checkpoint: {error}") from error
+    except BROKEN as error:
+        raise UserError(
+            f"{path} is no readable checkpoint: {str(error).strip() or type(error).__name__}",
+            "download the file again",
+        ) from error
 
 
 def read_msvq(state: Mapping[str, Tensor]) -> Imported:

@@ -134,7 +134,12 @@ def test_files_and_wrappers(tmp_path: Path) -> None:
 def test_broken_files(tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut off")
     (tmp_path / "cut.safetensors").write_bytes(b"\x00\x01")
+    (tmp_path / "page.pth").write_text("hello: a page that says that the file is not there")
+    (tmp_path / "short.pth").write_bytes(b"\x80\x02.")
+    (tmp_path / "empty.pth").write_bytes(b"")
     torch.save([1, 2], tmp_path / "list.pth")
-    for name in ("missing.pth", "cut.pth", "cut.safetensors", "list.pth"):
+    for name in ("missing", "cut", "page", "short", "empty", "list"):
         with pytest.raises(UserError):
-            read_file(tmp_path / name)
+            read_file(tmp_path / f"{name}.pth")
+    with pytest.raises(UserError, match="no readable checkpoint"):
+        read_file(tmp_path / "cut.safetensors")
