@@ -182,6 +182,14 @@ def sample(
         bool,
         typer.Option("--pivots", rich_help_panel=OfMasked, help="Also write Hi-MAR's low-resolution images."),
     ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            rich_help_panel=OfMasked,
+            help="Compile the heads (GPU): pays from a few hundred images on.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=0, help="Images at once; 0 is the recipe's.")] = 0,
     weights: Annotated[str, typer.Option(help="model or ema. [default: ema where it exists]")] = "",
     tokenizer: Annotated[
@@ -228,8 +236,10 @@ def sample(
         delegate(launch, device)
     from hmar_cli.builders import load_model
     from hmar_cli.console import console
+    from hmar_cli.models.masked import MaskedTransformer
     from hmar_cli.previews import sampler_settings
     from hmar_cli.sampling.images import Conditions, Job, Keep, Labels, Prompts, draw_images
+    from hmar_cli.sampling.masked import compile_heads
 
     model, codec, _ = load_model(checkpoint, weights, tokenizer)
     conditions: Conditions = Labels(tuple(classes))
@@ -258,6 +268,8 @@ def sample(
     if not dry_run:
         width = columns or (len(classes) if 1 < len(classes) <= WIDEST else 0)
         keep = Keep(columns=width, npz=npz, pivots=pivots)
+        if compile and isinstance(model, MaskedTransformer):
+            compile_heads(model)
         summary = draw_images(model, codec, job, out, device, about, keep)
         if summary is None:  # not the process that reports
             return

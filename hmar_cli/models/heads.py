@@ -111,6 +111,7 @@ class _Head(nn.Module):
 
     learned_variance: bool
     global_context: bool
+    graphed = False  # whether calls replay CUDA graphs
 
     def __init__(
         self, channels: int, cond_width: int, width: int, out_channels: int, blocks: list[nn.Module]
@@ -125,7 +126,11 @@ class _Head(nn.Module):
         self.modulation = modulation(width, 2)
         self.output = nn.Linear(width, out_channels)
         for name, layer in self.named_modules():
-            if isinstance(layer, nn.Linear) and not name.startswith("time_embed") and "modulation" not in name:
+            if (
+                isinstance(layer, nn.Linear)
+                and not name.startswith("time_embed")
+                and "modulation" not in name
+            ):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.output.weight)

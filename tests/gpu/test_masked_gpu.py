@@ -1,0 +1,125 @@
+"""MAR and Hi-MAR on a GPU: no waiting, compiled heads, bf16, training steps that agree with the CPU's."""
+
+import pytest
+import torch
+
+from hmar_cli.builders import build_model, build_objective, build_tokenizer
+from hmar_cli.models.masked import MaskedTransformer
+from hmar_cli.sampling.images import autocast
+from hmar_cli.sampling.masked import Settings, compile_heads, sample_masked
+from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.settings import Data, Kl, MaskedAr, MaskedArObjective, MaskedArSample, Optim, Recipe, Train
+from hmar_cli.training.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def recipe(pivots: str, compile: bool = False) -> Recipe:
+    return Recipe(
+        data=Data(size=16, pivot_size=8),
+        tokenizer=Kl(channels=16, multipliers=(1, 2), res_blocks=1, z_channels=8, latent_scale=1.0),
+        model=MaskedAr(
+            pivots=pivots,  # type: ignore[arg-type]
+            encoder_depth=2,
+            decoder_depth=2,
+            width=64,
+            heads=2,
+            buffer_size=4,
+            pivot_head_depth=2,
+            pivot_head_width=64,
+            dense_head="mlp" if pivots == "none" else "transformer",
+            dense_head_depth=2,
+            dense_head_width=64,
+            dense_head_heads=2,
+            num_classes=4,
+        ),
+        objective=MaskedArObjective(),
+        optim=Optim(base_lr=1e-2, warmup=0.0),
+        train=Train(batch_size=16, steps=400, ema=0.9, compile=compile),
+        sample=MaskedArSample(),
+    )
+
+
+def batches(start: int, rank: int, world: int, size: int):  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(start)
+    while True:
+        yield {
+            "moments": torch.randn(size, 16, 8, 8, generator=generator),
+            "pivot_moments": torch.randn(size, 16, 4, 4, generator=generator),
+            "label": torch.randint(4, (size,), generator=generator),
+            "index": torch.arange(size),
+        }
+
+
+def trainer(pivots: str, compile: bool = False) -> Trainer:
+    torch.manual_seed(0)
+    chosen = recipe(pivots, compile)
+    tokenizer = build_tokenizer(chosen.tokenizer)
+    return Trainer(build_objective(chosen, tokenizer, build_model(chosen)), chosen, 160)
+
+
+@pytest.mark.parametrize("pivots", ["none", "visual", "conditional"])
+def test_steps_do_not_wait_for_the_device(pivots: str) -> None:
+    trained = trainer(pivots)
+    stream = trained.stream(batches)
+    for _ in range(2):  # the first steps load kernels
+        trained.train_step(stream)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trained.train_step(stream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def built(pivots: str) -> MaskedTransformer:
+    torch.manual_seed(1)
+    model = build_model(recipe(pivots))
+    assert isinstance(model, MaskedTransformer)
+    for parameter in model.parameters():  # heads begin with zeros
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+SETTINGS = Settings(steps=4, pivot_steps=4, head_sampler="dpm++", head_steps=8, pivot_head_steps=8)
+
+
+@pytest.mark.parametrize("pivots", ["none", "conditional"])
+def test_samples_are_those_of_the_cpu(pivots: str) -> None:
+    model, labels, images = built(pivots), torch.arange(4), torch.arange(4)
+    on_cpu = sample_masked(model, labels, SETTINGS, PhiloxNoise(3, images)).latents
+    model.cuda()
+    on_gpu = sample_masked(model, labels.cuda(), SETTINGS, PhiloxNoise(3, images.cuda())).latents
+    assert ((on_gpu.cpu() - on_cpu).abs().max() / on_cpu.abs().max()).item() < 1e-3
+
+
+@pytest.mark.parametrize("pivots", ["none", "conditional"])
+def test_compiled_heads_draw_the_same(pivots: str) -> None:
+    model, labels, images = built(pivots).cuda(), torch.arange(4).cuda(), torch.arange(4).cuda()
+    plain = sample_masked(model, labels, SETTINGS, PhiloxNoise(3, images)).latents
+    compile_heads(model)
+    compiled = sample_masked(model, labels, SETTINGS, PhiloxNoise(3, images)).latents
+    assert ((compiled - plain).abs().max() / plain.abs().max()).item() < 1e-3
+
+
+def test_bf16_is_close_to_fp32() -> None:
+    model, labels, images = built("conditional").cuda(), torch.arange(4).cuda(), torch.arange(4).cuda()
+    full = sample_masked(model, labels, SETTINGS, PhiloxNoise(3, images)).latents
+    with autocast(torch.device("cuda"), "bf16"):
+        half = sample_masked(model, labels, SETTINGS, PhiloxNoise(3, images)).latents
+    assert ((half - full).norm() / full.norm()).item() < 0.1
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_steps_change_the_weights_and_keep_them_finite(compile: bool) -> None:
+    trained = trainer("conditional", compile)
+    before = {name: p.detach().clone() for name, p in trained.objective.named_parameters()}
+    stream = trained.stream(batches)
+    for _ in range(4):  # masked counts differ, so do the shapes
+        trained.train_step(stream)
+    trained.check()
+    for name, parameter in trained.objective.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert not torch.equal(parameter, before[name]), name
