@@ -79,7 +79,11 @@ def test_one_ancestral_step(path: Path, kind: str) -> None:
         part = Diffusion(whole.timesteps[: index + 1])
         noise = tensors["rand.pmv.noise"][row]
         end = ancestral(
-            predict, tensors["in.pmv.x"][row], part, lambda n, noise=noise: noise, about["config"]["temperature"]
+            predict,
+            tensors["in.pmv.x"][row],
+            part,
+            lambda n, noise=noise: noise,
+            about["config"]["temperature"],
         )
         assert seen[0] == tensors["out.pmv.model_timestep"][row]
         close((states[1] if index else end), tensors[f"out.{kind}.p_sample"][row])

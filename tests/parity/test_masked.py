@@ -245,7 +245,9 @@ def masked_first(orders: Tensor, mask: Tensor) -> tuple[Tensor, int]:
     """An order whose first places are the masked ones."""
     count = int(mask[0].sum())
     places = torch.stack([torch.argsort(row.logical_not().int(), stable=True) for row in mask.bool()])
-    assert all(set(a[:count].tolist()) == set(b[:count].tolist()) for a, b in zip(places, orders, strict=True))
+    assert all(
+        set(a[:count].tolist()) == set(b[:count].tolist()) for a, b in zip(places, orders, strict=True)
+    )
     return places, count
 
 

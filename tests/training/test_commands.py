@@ -127,7 +127,7 @@ def test_a_cache_that_does_not_fit_the_recipe_is_refused(toys, cache, tmp_path):
     other = ("--set", "tokenizer.scales=[1,3,4]")
     refused(train(toys, "--data", cache, "--out", tmp_path / "a", *other), "[1, 2, 4]", "[1, 3, 4]")
     codes = ("--set", "tokenizer.vocab_size=64")
-    refused(train(toys, "--data", cache, "--out", tmp_path / "a", *codes), "32 codes", "64")
+    refused(train(toys, "--data", cache, "--out", tmp_path / "a", *codes), "codes: 32 in the cache", "64")
 
 
 def test_a_resumed_run_keeps_its_settings(toys, cache, base, tmp_path):
