@@ -338,10 +338,10 @@ def test_an_unknown_key_is_answered_by_the_nearest(override: str, suggestion: st
         (
             "hmar-d16",
             ["objective.kind=gan"],
-            'expected "msvq" or "kl" or "next-scale" or "masked" or "masked-ar", got "gan"',
+            'objective.kind: expected "msvq" or "kl" or "next-scale" or "masked"',
         ),
-        ("hmar-d16", ["model.kind=masked"], 'model.kind: expected "next-scale" or "masked-ar", got "masked"'),
-        ("hmar-d16", ["model.kind=[1]"], 'model.kind: expected "next-scale" or "masked-ar", got [1]'),
+        ("hmar-d16", ["model.kind=masked"], 'model.kind: expected "next-scale" or "masked-ar"'),
+        ("hmar-d16", ["model.kind=[1]"], 'model.kind: expected "next-scale" or "masked-ar"'),
         ("hmar-d16", ["model=3"], "model: expected a section of settings, got 3"),
         ("hmar-d16", ["tokenizer.kind=kl"], 'tokenizer.kind: "next-scale" needs the kind "msvq", got "kl"'),
         (
