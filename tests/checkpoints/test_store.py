@@ -207,8 +207,11 @@ def test_class_embeddings_follow_their_names():
     assert same.flatten().tolist() == [3.0, 1.0, 2.0, 9.0] and found == 3
     first, _ = remap_class_embedding(old, fresh, ["x", "x", "y"], ["x", "z"])
     assert first[0] == 1.0  # of two classes of one name the first
-    with pytest.raises(ValueError, match="expected 3 rows for 2 classes, got 4"):
-        remap_class_embedding(old, fresh, ["cat", "dog"], ["yak", "dog"])
+    bare, found = remap_class_embedding(old[:3], fresh[:2], ["cat", "dog", "emu"], ["emu", "yak"])
+    assert bare.flatten().tolist() == [3.0, 20.0] and found == 1  # no row for "no class"
+    for olds, news in ((["cat", "dog"], ["yak", "dog"]), (["a", "b", "c", "d", "e"], ["a", "b", "c", "d"])):
+        with pytest.raises(ValueError, match="as many more in both, got 4 for"):
+            remap_class_embedding(old, fresh, olds, news)
 
 
 def test_description_is_readable_json(tmp_path):
