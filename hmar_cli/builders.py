@@ -7,11 +7,14 @@ from torch import Tensor, nn
 
 from hmar_cli.checkpoints.store import Checkpoint, find_checkpoint, open_checkpoint
 from hmar_cli.errors import UserError
+from hmar_cli.models.classifier import ImageClassifier
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
 from hmar_cli.models.text import JointTextEncoder, tower_size
 from hmar_cli.settings import (
+    Classifier,
+    ClassifierObjective,
     ClipText,
     JointText,
     Kl,
@@ -27,6 +30,7 @@ from hmar_cli.settings import (
 )
 from hmar_cli.tokenizers.kl import KlAutoencoder
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
+from hmar_cli.training.classifier import ClassifierTraining
 from hmar_cli.training.masked import MaskedArTraining
 from hmar_cli.training.next_scale import MaskedTraining, NextScaleTraining
 from hmar_cli.training.objective import Objective
@@ -59,14 +63,28 @@ def build_tokenizer(settings: Msvq | Kl) -> Tokenizer:
     )
 
 
+def build_image_network(recipe: Recipe) -> Tokenizer | ImageClassifier:
+    """Build the untrained network that a recipe trains on images: a tokenizer or a classifier."""
+    if not isinstance(recipe.model, Classifier):
+        return build_tokenizer(recipe.tokenizer)
+    return ImageClassifier(
+        channels=recipe.model.channels,
+        multipliers=recipe.model.multipliers,
+        res_blocks=recipe.model.res_blocks,
+        num_classes=recipe.model.num_classes,
+    )
+
+
 def build_model(recipe: Recipe) -> Model:
     """Build an untrained model.
 
     Raises:
-        UserError: the recipe has no model.
+        UserError: the recipe has no model that draws images.
     """
     if recipe.model is None:
         raise UserError(f"recipe '{recipe.name}' trains a tokenizer and has no [model]")
+    if isinstance(recipe.model, Classifier):
+        raise UserError(f"recipe '{recipe.name}' trains a classifier, which draws no images")
     if isinstance(recipe.model, MaskedAr):
         return _masked_model(recipe, recipe.model)
     return _next_scale_model(recipe, recipe.model)
@@ -139,8 +157,16 @@ def _masked_model(recipe: Recipe, model: MaskedAr) -> MaskedTransformer:
     )
 
 
-def build_objective(recipe: Recipe, tokenizer: Tokenizer, model: Model | None = None) -> Objective:
-    """Build the objective of a recipe around the networks that it trains or reads."""
+def build_objective(
+    recipe: Recipe, tokenizer: Tokenizer | ImageClassifier, model: Model | None = None
+) -> Objective:
+    """Build the objective of a recipe around the networks that it trains or reads.
+
+    Args:
+        recipe: the recipe.
+        tokenizer: the tokenizer (trained, or read by the model), or the classifier that is trained.
+        model: the model that is trained.
+    """
     settings = recipe.objective
     chosen = {each.name: getattr(settings, each.name) for each in fields(settings)}
     if isinstance(settings, MsvqObjective):
@@ -152,6 +178,9 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer, model: Model | None = 
     if isinstance(settings, MaskedArObjective):
         assert isinstance(model, MaskedTransformer) and isinstance(tokenizer, KlAutoencoder)
         return MaskedArTraining(model, latent_scale=tokenizer.latent_scale, **chosen)
+    if isinstance(settings, ClassifierObjective):
+        assert isinstance(tokenizer, ImageClassifier)
+        return ClassifierTraining(tokenizer, **chosen)
     assert isinstance(model, NextScaleTransformer) and isinstance(tokenizer, MultiScaleVQ)
     if isinstance(settings, NextScaleObjective):
         return NextScaleTraining(model, tokenizer.quantizer, **chosen)
@@ -207,8 +236,9 @@ def load_model(
         UserError: nothing of the sort lies there, or its weights don't fit.
     """
     checkpoint = open_checkpoint(find_checkpoint(Path(path)))
-    if checkpoint.kind in ("msvq", "kl"):
-        raise UserError(f"{path} holds a tokenizer, not a model", "pass the checkpoint of a model")
+    if checkpoint.kind in ("msvq", "kl", "classifier"):
+        what = "classifier" if checkpoint.kind == "classifier" else "tokenizer"
+        raise UserError(f"{path} holds a {what}, not a model", "pass the checkpoint of a model")
     model = build_model(checkpoint.recipe)
     load_weights(model, checkpoint.load(which), checkpoint.folder)
     codec = load_tokenizer(tokenizer or checkpoint.folder)
@@ -219,6 +249,24 @@ def load_model(
         )
     _require_fit(model, codec)
     return model.eval(), codec, checkpoint
+
+
+def load_classifier(path: str | Path) -> tuple[ImageClassifier, Checkpoint]:
+    """Load a classifier, on the CPU and in evaluation mode, and its checkpoint.
+
+    Raises:
+        UserError: nothing of the sort lies there, or its weights don't fit.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.kind != "classifier":
+        raise UserError(
+            f"{checkpoint.folder} holds a {checkpoint.kind}, not a classifier",
+            "train one: hmar train --recipe classifier-cifar10 --data SOURCE",
+        )
+    network = build_image_network(checkpoint.recipe)
+    assert isinstance(network, ImageClassifier)
+    load_weights(network, checkpoint.load(), checkpoint.folder)
+    return network.eval(), checkpoint
 
 
 def _require_fit(model: Model, tokenizer: Tokenizer) -> None:

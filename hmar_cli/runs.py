@@ -15,9 +15,9 @@ from torch import Tensor
 from hmar_cli.builders import (
     Model,
     Tokenizer,
+    build_image_network,
     build_model,
     build_objective,
-    build_tokenizer,
     load_tokenizer,
     load_weights,
 )
@@ -32,6 +32,7 @@ from hmar_cli.console import console
 from hmar_cli.data.batches import cache_batches, image_batches
 from hmar_cli.data.cache import Cache
 from hmar_cli.data.captions import describe
+from hmar_cli.data.images import ImageSource
 from hmar_cli.data.sources import open_source
 from hmar_cli.errors import UserError
 from hmar_cli.models.next_scale import NextScaleTransformer
@@ -39,6 +40,8 @@ from hmar_cli.models.scales import Side
 from hmar_cli.previews import reconstruction_preview, sample_preview
 from hmar_cli.recipe import flat, to_dict
 from hmar_cli.settings import (
+    Classifier,
+    ClassifierObjective,
     Kl,
     KlObjective,
     MaskedAr,
@@ -51,6 +54,7 @@ from hmar_cli.settings import (
     grid_name,
 )
 from hmar_cli.tokenizers import kl, msvq
+from hmar_cli.tokenizers.blocks import hash_weights
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.trainer import Batches, Outcome, Preview, Weights, fit, rehearse
 
@@ -72,8 +76,8 @@ class Options:
     """What a run is told besides its recipe.
 
     Attributes:
-        data: source of images for a tokenizer, cache folder for a model; empty for the recipe's, or that of
-            the resumed run.
+        data: source of images for a tokenizer or classifier, cache folder for a model; empty for the recipe's, or
+            that of the resumed run.
         tokenizer: checkpoint that must be the cache's tokenizer; empty checks nothing.
         out: run folder; empty is runs/ and the recipe's name.
         init: checkpoint whose weights are started from.
@@ -110,7 +114,7 @@ class Job:
 
 
 def train(recipe: Recipe, options: Options) -> Outcome:
-    """Train what the recipe says: a tokenizer on images, or a model on a cache of tokens.
+    """Train what the recipe says: a tokenizer or classifier on images, or a model on a cache of tokens.
 
     Raises:
         UserError: paths that don't exist, data that don't fit the recipe, or what the trainer raises.
@@ -121,8 +125,8 @@ def train(recipe: Recipe, options: Options) -> Outcome:
             f"hmar finetune-masked BASE --recipe {recipe.name} --data CACHE",
         )
     start = starting_point(recipe, options)
-    build = tokenizer_job if isinstance(recipe.objective, MsvqObjective | KlObjective) else model_job
-    return execute(build(recipe, options, start), options, start)
+    on_images = isinstance(recipe.objective, MsvqObjective | KlObjective | ClassifierObjective)
+    return execute((image_job if on_images else model_job)(recipe, options, start), options, start)
 
 
 def finetune_masked(base: str, recipe: Recipe, options: Options) -> Outcome:
@@ -146,24 +150,26 @@ def finetune_masked(base: str, recipe: Recipe, options: Options) -> Outcome:
     return execute(masked_job(checkpoint, recipe, options, start), options, start)
 
 
-def tokenizer_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job:
-    """Put a tokenizer's training together."""
+def image_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job:
+    """Put the training of a tokenizer or a classifier together."""
     if options.tokenizer:
+        what = "classifier" if isinstance(recipe.model, Classifier) else "tokenizer"
         raise UserError(
-            "--tokenizer is for models; this recipe trains a tokenizer", "use --init to start from one"
+            f"--tokenizer is for models; this recipe trains a {what}", "use --init to start from one"
         )
     source = open_source(options.data or recipe.data.source, size=recipe.data.size)
-    recipe = replace(recipe, data=replace(recipe.data, source=source.name))
+    recipe = adopt_source(recipe, source)
     torch.manual_seed(recipe.train.seed)
-    tokenizer = build_tokenizer(recipe.tokenizer)
+    network = build_image_network(recipe)
     licence = start.licence if start else ""
     if options.init and not start:
         origin = open_checkpoint(options.init)
-        if origin.kind != recipe.tokenizer.kind:
+        if origin.kind != recipe.trains:
             raise UserError(
-                f"--init {options.init} holds a {origin.kind}, and the recipe trains a {recipe.tokenizer.kind}"
+                f"--init {options.init} holds a {origin.kind}, and the recipe trains a {recipe.trains}",
+                "give a checkpoint of that kind, or leave out --init",
             )
-        load_weights(tokenizer, origin.load(), origin.folder)
+        load_weights(network, origin.load(), origin.folder)
         licence = origin.licence
 
     def batches(first: int, rank: int, world: int, size: int) -> Iterator[dict[str, Tensor]]:
@@ -183,14 +189,14 @@ def tokenizer_job(recipe: Recipe, options: Options, start: Checkpoint | None) ->
 
     return Job(
         recipe=recipe,
-        objective=build_objective(recipe, tokenizer),
+        objective=build_objective(recipe, network),
         batches=batches,
         images=len(source),
         class_names=source.class_names,
         data=source.name,
         fingerprint=lambda weights: weights_fingerprint(recipe, weights),
         licence=licence,
-        preview=reconstruction_preview(recipe, source),
+        preview=None if recipe.model else reconstruction_preview(recipe, source),
     )
 
 
@@ -424,6 +430,24 @@ def other_tokenizer(what: str, found: str, made_by: str) -> UserError:
     )
 
 
+def adopt_source(recipe: Recipe, source: ImageSource) -> Recipe:
+    """Complete a recipe with what a source of images knows: its name, and a classifier's class count.
+
+    Raises:
+        UserError: a classifier, and a source that has not several classes.
+    """
+    recipe = replace(recipe, data=replace(recipe.data, source=source.name))
+    if not isinstance(recipe.model, Classifier):
+        return recipe
+    classes = len(source.class_names)
+    if classes < 2:
+        raise UserError(
+            f"{source.name} has no labels of several classes to learn",
+            "give a folder for each class, or say label=COLUMN after a question mark",
+        )
+    return replace(recipe, model=replace(recipe.model, num_classes=classes))
+
+
 def adopt_cache(recipe: Recipe, cache: Cache) -> Recipe:
     """Complete a recipe with what the cache knows: class count, image size, and its tokenizer's settings.
 
@@ -520,8 +544,10 @@ def check_base(base: Checkpoint) -> None:
 
 
 def weights_fingerprint(recipe: Recipe, weights: Weights) -> str:
-    """Fingerprint of the tokenizer that readers of a checkpoint get: the averaged one where there is one."""
+    """Fingerprint of the tokenizer or classifier that readers get: the averaged one where there is one."""
     chosen = weights["ema" if "ema" in weights else "model"]
+    if isinstance(recipe.model, Classifier):
+        return hash_weights(chosen, b"classifier")
     return (
         kl.fingerprint(chosen)
         if isinstance(recipe.tokenizer, Kl)

@@ -139,6 +139,17 @@ class MaskedAr:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A residual network that names what an image shows; its features measure generated images."""
+
+    kind: ClassVar[str] = "classifier"
+    channels: Count = 64
+    multipliers: tuple[Count, ...] = (1, 2, 4)  # each level after the first halves the resolution
+    res_blocks: Count = 2  # residual blocks of a level
+    num_classes: Count = 1000  # replaced by the count that the data has
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipText:
     """A frozen CLIP text tower of open_clip; `hmar tokenize` caches what it says of the captions."""
 
@@ -227,6 +238,15 @@ class MaskedArObjective:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassifierObjective:
+    """Training a classifier on images: cross-entropy, images mirrored by `data.mirror` and shifted."""
+
+    kind: ClassVar[str] = "classifier"
+    label_smoothing: Share = 0.1
+    shift: Annotated[float, Within(0, 0.5)] = 0.125  # of its side, by which an image moves at most
+
+
+@dataclass(frozen=True, kw_only=True)
 class Optim:
     """AdamW, its learning rate and its weight decay."""
 
@@ -298,15 +318,25 @@ class Recipe:
     name: str = ""
     description: str = ""
     data: Data = field(default_factory=Data)
-    tokenizer: Msvq | Kl = field(default_factory=Msvq)
-    model: NextScale | MaskedAr | None = None  # absent where the tokenizer itself is trained
+    tokenizer: Msvq | Kl = field(default_factory=Msvq)  # a classifier has none
+    model: NextScale | MaskedAr | Classifier | None = None  # absent where the tokenizer itself is trained
     text: ClipText | JointText | None = None  # captions are the condition, where there is one
-    objective: MsvqObjective | KlObjective | NextScaleObjective | MaskedObjective | MaskedArObjective = field(
-        default_factory=NextScaleObjective
-    )
+    objective: (
+        MsvqObjective
+        | KlObjective
+        | NextScaleObjective
+        | MaskedObjective
+        | MaskedArObjective
+        | ClassifierObjective
+    ) = field(default_factory=NextScaleObjective)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     sample: NextScaleSample | MaskedArSample = field(default_factory=NextScaleSample)
+
+    @property
+    def trains(self) -> str:
+        """The kind of what is trained, and so of its checkpoints."""
+        return self.model.kind if self.model else self.tokenizer.kind
 
     @property
     def scales(self) -> Scales:
@@ -341,18 +371,21 @@ def tokens_of(size: Side, stride: int) -> Grid:
 
 
 FAMILIES = {
-    # kind of the objective: kinds of tokenizer, model (None trains the tokenizer) and sampling
+    # kind of the objective: kinds of tokenizer (None reads images), model (None trains the tokenizer) and sampling
     "msvq": ("msvq", None, None),
     "kl": ("kl", None, None),
     "next-scale": ("msvq", "next-scale", "next-scale"),
     "masked": ("msvq", "next-scale", "next-scale"),
     "masked-ar": ("kl", "masked-ar", "masked-ar"),
+    "classifier": (None, "classifier", None),
 }
 
 
 def impossible_combinations(recipe: Recipe) -> list[str]:
     """All contradictions between the settings of a recipe, one line each."""
     problems = [*_family_problems(recipe), *_run_problems(recipe)]
+    if isinstance(recipe.model, Classifier) or isinstance(recipe.objective, ClassifierObjective):
+        return [*problems, *_classifier_problems(recipe)]
     if isinstance(recipe.tokenizer, Msvq):
         try:
             problems.extend(_scale_problems(recipe, recipe.scales))
@@ -377,10 +410,19 @@ def _family_problems(recipe: Recipe) -> Iterator[str]:
         yield f'objective.kind: "{kind}" trains a [model], and there is none'
     elif model != found:
         yield f'objective.kind: "{kind}" trains a model of kind "{model}", and model.kind is "{found}"'
-    elif recipe.tokenizer.kind != tokenizer:
+    elif tokenizer not in (None, recipe.tokenizer.kind):
         yield f'tokenizer.kind: "{kind}" needs the kind "{tokenizer}", got "{recipe.tokenizer.kind}"'
     elif sample is not None and recipe.sample.kind != sample:
         yield f'sample.kind: a model of kind "{model}" needs "{sample}", got "{recipe.sample.kind}"'
+
+
+def _classifier_problems(recipe: Recipe) -> Iterator[str]:
+    if isinstance(recipe.model, Classifier) and not recipe.model.multipliers:
+        yield "model.multipliers: expected one or more levels, got none"
+    if recipe.tokenizer != Msvq():  # the default stands for none
+        yield "[tokenizer]: a classifier reads images and has no tokenizer"
+    if recipe.text is not None:
+        yield '[text]: only models of kind "masked-ar" take captions'
 
 
 def grid_name(sides: Sequence[int]) -> str:

@@ -2,7 +2,16 @@
 
 import math
 
-from hmar_cli.settings import ClipText, JointText, MaskedAr, MaskedObjective, Msvq, NextScale, Recipe
+from hmar_cli.settings import (
+    Classifier,
+    ClipText,
+    JointText,
+    MaskedAr,
+    MaskedObjective,
+    Msvq,
+    NextScale,
+    Recipe,
+)
 
 VOCABULARY = 49408  # of open_clip's text transformer
 TOWERS = {"ViT-B-32": (77, 512), "ViT-B-16": (77, 512), "ViT-L-14": (77, 768)}
@@ -19,7 +28,7 @@ def model_parameters(recipe: Recipe) -> int | None:
         return _next_scale(recipe, recipe.model)
     if isinstance(recipe.model, MaskedAr):
         return _masked_ar(recipe, recipe.model)
-    return None
+    return _classifier(recipe.model) if recipe.model else None
 
 
 def _linear(inputs: int, outputs: int) -> int:
@@ -29,6 +38,17 @@ def _linear(inputs: int, outputs: int) -> int:
 def _block(width: int, hidden: int) -> int:
     """Attention and feed-forward of a transformer block, without norms."""
     return _linear(width, 3 * width) + _linear(width, width) + _linear(width, hidden) + _linear(hidden, width)
+
+
+def _classifier(model: Classifier) -> int:
+    channels = [model.channels * multiplier for multiplier in model.multipliers]
+    total, inputs = 3 * 9 * model.channels, model.channels
+    for level, width in enumerate(channels):
+        for block in range(model.res_blocks):
+            total += 2 * inputs + 9 * inputs * width + 2 * width + 9 * width * width
+            total += inputs * width if inputs != width or (level and not block) else 0
+            inputs = width
+    return total + 2 * inputs + _linear(inputs, model.num_classes)
 
 
 def _next_scale(recipe: Recipe, model: NextScale) -> int:

@@ -44,14 +44,14 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        kind: what it holds, "msvq" or "next-scale".
+        kind: what it holds: a tokenizer ("msvq", "kl"), a model ("next-scale", "masked-ar") or a "classifier".
         recipe: the resolved recipe that made it.
         class_names: one name a class, in the order of the class embedding.
         step: optimizer steps that made it.
         weights: the sets of weights, "model" and perhaps "ema".
         licence: licence of the weights, empty if they are the user's own.
         source: file name and SHA-256 of an imported file, else None.
-        tokenizer_hash: fingerprint of the tokenizer (of the weights themselves, for a tokenizer).
+        tokenizer_hash: fingerprint of the tokenizer (of the weights themselves, for a tokenizer or classifier).
     """
 
     folder: Path
@@ -140,7 +140,7 @@ def save_checkpoint(
 
     Args:
         folder: the folder to make.
-        recipe: the resolved recipe; its kind is the model's, or "msvq" where it has none.
+        recipe: the resolved recipe; the checkpoint's kind is that of what it trains.
         weights: state dicts by name: "model", and "ema" if there is one.
         class_names: one name a class.
         step: optimizer steps done.
@@ -159,7 +159,7 @@ def save_checkpoint(
     about = {
         "format": FORMAT,
         "version": VERSION,
-        "kind": recipe.model.kind if recipe.model else recipe.tokenizer.kind,
+        "kind": recipe.trains,
         "step": step,
         "class_names": list(class_names),
         "weights": sorted(weights, key=lambda name: name != "model"),

@@ -354,9 +354,11 @@ def _class_names(recipe: "Recipe") -> tuple[str, ...]:
 
 
 def _tokens(recipe: "Recipe") -> dict[str, Any]:
-    """What an image's tokens are: scales of codes, or grids of latents."""
-    from hmar_cli.settings import Kl
+    """What an image's tokens are: scales of codes, or grids of latents; nothing for a classifier."""
+    from hmar_cli.settings import Classifier, Kl
 
+    if isinstance(recipe.model, Classifier):
+        return {}
     if not isinstance(recipe.tokenizer, Kl):
         return {"scales": list(recipe.tokenizer.scales)}
     return {

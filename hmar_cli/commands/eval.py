@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hmar_cli.errors import UserError
-from hmar_cli.files import read_json
 
 if TYPE_CHECKING:
+    from hmar_cli.evaluation.extract import Findings
     from hmar_cli.evaluation.scenes import Verdict
 
 app = typer.Typer(
@@ -30,6 +30,25 @@ fewer or more have nothing right. Shares come with their 95 % interval (Wilson's
 - `hmar eval scenes samples/scenes --json`
 """
 
+SAMPLES_HELP = """
+Measure how far generated images are from real ones, by the features of a classifier that `hmar train` made.
+
+FOLDER is what `hmar sample` wrote, or any other folder of images; `--reference` is spelled as any source of images.
+All are scaled and centre-cropped to the size that the classifier was trained at.
+
+`FD[classifier-cifar10]-10000` is the Fréchet distance of 10000 images (lower is better): FID's formula on the
+features of that classifier. Such numbers compare with each other where the classifier, the reference and the number
+of images are the same, and never with FID. Accuracy is the share of samples that the classifier assigns to the class that they
+were drawn as, where it knows the classes by name; that of the reference says how good it is on real images.
+
+**Examples**
+
+- `hmar train --recipe classifier-cifar10 --data cifar10-train.parquet`
+- `hmar sample --checkpoint runs/hmar-cifar10 --count 10000 --out samples/hmar`
+- `hmar eval samples samples/hmar --reference cifar10-test.parquet --extractor runs/classifier-cifar10`
+- `hmar eval samples samples/hmar --reference "builtin:shapes?seed=1" --extractor runs/classifier-tiny --json`
+"""
+
 PROMPTS_HELP = """
 Print prompts of `builtin:scenes`, one a line, for `hmar sample --prompt-file`.
 
@@ -41,6 +60,89 @@ None comes twice before all have come: there are 3000, of which the split "test"
 - `hmar eval scene-prompts 1000 > prompts.txt`
 - `hmar eval scene-prompts 300 --split test --seed 1`
 """
+
+
+@app.command("samples", help=SAMPLES_HELP)
+def samples(
+    folder: Annotated[Path, typer.Argument(help="Folder of images.", show_default=False)],
+    reference: Annotated[str, typer.Option(help="Source of real images.", show_default=False)],
+    extractor: Annotated[Path, typer.Option(help="Checkpoint of a classifier.", show_default=False)],
+    count: Annotated[int, typer.Option(min=0, help="Of the folder's first images; 0 is all.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 256,
+    device: Annotated[str, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every setting.")] = False,
+) -> None:
+    """Measure images; the help text is `SAMPLES_HELP`."""
+    from hmar_cli.launch import check_device
+
+    check_device(device)
+    import torch
+
+    from hmar_cli.builders import load_classifier
+    from hmar_cli.console import console
+    from hmar_cli.data.samples import open_samples
+    from hmar_cli.data.sources import open_source
+    from hmar_cli.evaluation.extract import extract
+    from hmar_cli.evaluation.frechet import frechet_distance
+
+    network, checkpoint = load_classifier(extractor)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    network, recipe = network.to(place), checkpoint.recipe
+    ours, real = (
+        extract(
+            network,
+            checkpoint.class_names,
+            source,
+            size=recipe.data.size,
+            count=first,
+            batch_size=batch_size,
+            workers=recipe.data.workers,
+        )
+        for source, first in (
+            (open_samples(folder), count),
+            (open_source(reference, size=recipe.data.size), 0),
+        )
+    )
+    for found in (ours, real):
+        if found.unreadable:
+            left_out = f"left out {found.unreadable} images of {found.source}; {found.error}"
+            console.print(f"[yellow]warning:[/] {left_out}", highlight=False)
+    pairs = [(each.statistics.mean, each.statistics.covariance) for each in (ours, real)]
+    distance = frechet_distance(*pairs[0], *pairs[1])
+    name = f"FD[{recipe.name}]-{ours.statistics.count}"
+    if not as_json:
+        print_findings(name, distance, ours, real)
+        return
+    about: dict[str, Any] = {
+        "metric": name,
+        "distance": distance,
+        "samples": ours.describe(),
+        "reference": real.describe(),
+        "extractor": {
+            "checkpoint": str(checkpoint.folder),
+            "recipe": recipe.name,
+            "weights": "ema" if "ema" in checkpoint.weights else "model",
+            "fingerprint": checkpoint.tokenizer_hash,
+            "features": network.width,
+            "size": recipe.data.size,
+            "crop": "adm",
+        },
+        "batch_size": batch_size,
+        "device": place,
+    }
+    print(json.dumps(about, indent=2, ensure_ascii=False))
+
+
+def print_findings(name: str, distance: float, ours: "Findings", real: "Findings") -> None:
+    """Print a distance, and the accuracies that are known."""
+    rows = [(name, f"{distance:.4g}", f"from {real.statistics.count} images of {real.source}")]
+    for title, found in (("accuracy", ours), ("accuracy, reference", real)):
+        if found.labelled:
+            count = found.statistics.count
+            share = f"{found.right / count:.1%}"
+            rows.append((title, share, f"{found.right} of {count} images assigned to their class"))
+    for title, value, text in rows:
+        print(f"{title:{max(len(row[0]) for row in rows)}}  {value:>7}  {text}")
 
 
 @app.command("scenes", help=SCENES_HELP)
@@ -90,22 +192,13 @@ def find_images(folder: Path) -> tuple[list[str], list[Path]]:
     Raises:
         UserError: another folder, one without prompts, or images that are missing.
     """
-    hint = "give a folder that `hmar sample --prompt-file` wrote"
-    if not (folder / "sample.json").is_file():
-        raise UserError(f"no sample.json in {folder}", hint)
-    about: Any = read_json(folder / "sample.json")
-    prompts = about.get("prompts") if isinstance(about, dict) else None
+    from hmar_cli.data.samples import read_samples
+
+    about, images = read_samples(folder)
+    prompts = about.get("prompts")
     if not prompts or not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
-        raise UserError(f"{folder} holds images without prompts", hint)
-    images = sorted(folder.glob("[0-9]" * 6 + ".png"))
-    if not images:
-        raise UserError(f"no images in {folder}", hint)
-    count = max(len(images), int(about.get("count", 0)))
-    there = {path.name for path in images}
-    gap = next((i for i in range(count) if f"{i:06d}.png" not in there), None)
-    if gap is not None:
         raise UserError(
-            f"{folder / f'{gap:06d}.png'} is missing", "run the same `hmar sample` again: it goes on"
+            f"{folder} holds images without prompts", "give a folder that `hmar sample --prompt-file` wrote"
         )
     return prompts, images
 

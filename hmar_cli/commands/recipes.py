@@ -9,7 +9,7 @@ import typer
 
 from hmar_cli.errors import UserError
 from hmar_cli.recipe import flat, load_recipe, recipe_names, recipe_path, to_dict, to_toml
-from hmar_cli.settings import MaskedAr, Msvq, NextScale, Recipe
+from hmar_cli.settings import Classifier, MaskedAr, Msvq, NextScale, Recipe
 from hmar_cli.sizes import model_parameters
 
 app = typer.Typer(
@@ -144,7 +144,7 @@ def _summary(recipe: Recipe) -> dict[str, Any]:
         "description": recipe.description,
         "data": _data(recipe.data.source),
         "size": recipe.data.size,
-        "tokens": recipe.scales.total if isinstance(recipe.tokenizer, Msvq) else math.prod(recipe.grid),
+        "tokens": _tokens(recipe),
         "pivots": _pivots(recipe),
         "parameters": model_parameters(recipe),
     }
@@ -153,7 +153,7 @@ def _summary(recipe: Recipe) -> dict[str, Any]:
 def _cell(row: dict[str, Any], column: str) -> str:
     """A cell of the table of recipes."""
     if column == "tokens":
-        return f"{row['pivots']}+{row['tokens']}" if row["pivots"] else str(row["tokens"])
+        return f"{row['pivots']}+{row['tokens']}" if row["pivots"] else str(row["tokens"] or "")
     if column == "params":
         return f"{row['parameters'] / 1e6:.0f}M" if row["parameters"] else ""
     return str(row[{"recipe": "name", "pixels": "size"}.get(column, column)])
@@ -176,7 +176,16 @@ def _family(recipe: Recipe) -> str:
     if isinstance(model, MaskedAr):
         family = "MAR" if model.pivots == "none" else "Hi-MAR"
         return f"{family}, text" if recipe.text else family
+    if isinstance(model, Classifier):
+        return "classifier"
     return "tokenizer" if isinstance(recipe.tokenizer, Msvq) else "KL tokenizer"
+
+
+def _tokens(recipe: Recipe) -> int:
+    """Tokens of an image, without pivots; 0 for a classifier."""
+    if isinstance(recipe.model, Classifier):
+        return 0
+    return recipe.scales.total if isinstance(recipe.tokenizer, Msvq) else math.prod(recipe.grid)
 
 
 def _pivots(recipe: Recipe) -> int:

@@ -326,10 +326,9 @@ def resolve(checkpoint: "Checkpoint", given: dict[str, Any]) -> "NextScaleSample
     from hmar_cli.settings import NextScaleSample, impossible_combinations
 
     recipe = checkpoint.recipe
-    if recipe.model is None:
-        raise UserError(
-            f"{checkpoint.folder} holds a tokenizer, not a model", "pass the checkpoint of a model"
-        )
+    if recipe.model is None or recipe.model.kind == "classifier":
+        what = "classifier" if recipe.model else "tokenizer"
+        raise UserError(f"{checkpoint.folder} holds a {what}, not a model", "pass the checkpoint of a model")
     settings = recipe.sample
     known = {each.name for each in fields(settings)}
     if foreign := [f"--{name.replace('_', '-')}" for name in given if name not in known]:

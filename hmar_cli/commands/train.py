@@ -1,4 +1,4 @@
-"""`hmar train`: train a tokenizer on images, or a next-scale model on a cache of tokens."""
+"""`hmar train`: train a tokenizer or a classifier on images, or a model on a cache of tokens."""
 
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hmar_cli.training.trainer import Outcome
 
 EXAMPLES = """
-Train a tokenizer on images, or a VAR or HMAR model on a cache of tokens.
+Train a tokenizer or a classifier on images, or a model on a cache of tokens.
 
 The run folder gets checkpoints, `metrics.jsonl`, TensorBoard files and pictures. Ctrl-C finishes the step
 and saves; `--resume` goes on from the newest checkpoint, on a CPU with exactly the numbers of a run never stopped.
@@ -26,10 +26,11 @@ and saves; `--resume` goes on from the newest checkpoint, on a CPU with exactly 
 - `hmar train --recipe hmar-d16 --data caches/imagenet --launch 8`
 - `hmar train --recipe hmar-tiny --data caches/pets --init runs/hmar-tiny --out runs/pets`
 - `hmar train --recipe var-d16 --data caches/imagenet --dry-run`
+- `hmar train --recipe classifier-cifar10 --data cifar10-train.parquet`
 """
 
 # Flags that `hmar finetune-masked` shares
-Data = Annotated[str, typer.Option(help="Cache folder (models) or image source (tokenizers).")]
+Data = Annotated[str, typer.Option(help="Cache folder (models) or image source (tokenizers, classifiers).")]
 Out = Annotated[str, typer.Option(help="Run folder. [default: runs/ and the recipe's name]")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")]
@@ -174,6 +175,8 @@ def next_lines(outcome: "Outcome", recipe: "Recipe") -> list[str]:
         lines.append(
             f"next: hmar tokenize SOURCE --tokenizer {outcome.checkpoint} --out caches/{recipe.name}"
         )
+    elif recipe.model.kind == "classifier":
+        lines.append(f"next: hmar eval samples FOLDER --reference SOURCE --extractor {outcome.checkpoint}")
     else:
         lines.append(f"next: hmar sample --checkpoint {outcome.checkpoint}")
         if recipe.objective.kind == "next-scale" and getattr(recipe.model, "pattern", "") == "diagonal":

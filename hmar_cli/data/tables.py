@@ -213,7 +213,7 @@ def _folder_kind(folder: Path) -> str:
                 return FILE_KINDS[suffix]
             if suffix in Image.registered_extensions():
                 return "imagefolder"
-    raise UserError(f"no images, .parquet or .tar files in {folder}")
+    raise UserError(f"no images, .parquet or .tar files in {folder}", "give a folder that holds some")
 
 
 def _image_folder_arguments(spec: str, folder: Path, options: Mapping[str, str]) -> dict[str, Any]:

@@ -135,13 +135,13 @@ class MaskedArTraining(Objective):
         return not decayed and super().undecayed(name, parameter)
 
     def compile_networks(self) -> None:
-        """Compile both stacks and the heads; how many tokens are visible changes from step to step."""
+        """Compile the blocks, which all share one compiled form; how many tokens they see changes all the time."""
         model = self.model
-        model.encoder.compile(dynamic=True)
-        model.decoder.compile()
+        blocks = [*model.encoder.blocks, *model.decoder.blocks]
         for head in (model.pivot_head, model.dense_head):
-            if head is not None:
-                head.compile(dynamic=not head.global_context)
+            blocks += [] if head is None else list(head.blocks)
+        for block in blocks:
+            block.compile(dynamic=True)
 
     def forward(self, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a batch.

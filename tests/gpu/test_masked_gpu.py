@@ -33,7 +33,7 @@ def recipe(pivots: str, compile: bool = False) -> Recipe:
             dense_head_heads=2,
             num_classes=4,
         ),
-        objective=MaskedArObjective(),
+        objective=MaskedArObjective(pivot_keep=1.0, pivot_keep_warmup=0.0),
         optim=Optim(base_lr=1e-2, warmup=0.0),
         train=Train(batch_size=16, steps=400, ema=0.9, compile=compile),
         sample=MaskedArSample(),

@@ -1,0 +1,141 @@
+"""The objective of MAR and Hi-MAR: which parameters learn, what is dropped, variants of Table 5."""
+
+import pytest
+import torch
+
+from hmar_cli.builders import build_model, build_objective, build_tokenizer
+from hmar_cli.models.masked import MaskedTransformer
+from hmar_cli.settings import Data, JointText, Kl, MaskedAr, MaskedArObjective, MaskedArSample, Recipe
+from hmar_cli.training.masked import MaskedArTraining, masked_count
+from hmar_cli.training.optimizer import parameter_groups
+
+ROWS = {  # of Hi-MAR's Table 5: pivots, head 1, head 2, scale vector
+    "mar": ("none", "mlp", "mlp", "none"),
+    "visual": ("visual", "mlp", "mlp", "none"),
+    "conditional": ("conditional", "mlp", "mlp", "none"),
+    "transformer": ("conditional", "mlp", "transformer", "none"),
+    "both transformers": ("conditional", "transformer", "transformer", "none"),
+    "scale vector": ("conditional", "mlp", "transformer", "table"),
+    "paper's scale vector": ("conditional", "mlp", "transformer", "sinusoidal"),
+}
+
+
+def build(row: str, text: JointText | None = None, **objective: object) -> MaskedArTraining:
+    pivots, first, second, scale_vector = ROWS[row]
+    recipe = Recipe(
+        data=Data(size=16, pivot_size=8),
+        tokenizer=Kl(channels=8, multipliers=(1, 2), res_blocks=1, z_channels=4, latent_scale=0.5),
+        model=MaskedAr(
+            pivots=pivots,  # type: ignore[arg-type]
+            encoder_depth=1,
+            decoder_depth=1,
+            width=16,
+            heads=2,
+            dropout=0.0,
+            scale_vector=scale_vector,  # type: ignore[arg-type]
+            buffer_size=2,
+            pivot_head=first,  # type: ignore[arg-type]
+            pivot_head_depth=1,
+            pivot_head_width=16,
+            pivot_head_heads=2,
+            dense_head=second,  # type: ignore[arg-type]
+            dense_head_depth=1,
+            dense_head_width=16,
+            dense_head_heads=2,
+            num_classes=3,
+        ),
+        text=text,
+        objective=MaskedArObjective(**objective),  # type: ignore[arg-type]
+        sample=MaskedArSample(),
+    )
+    torch.manual_seed(0)
+    model = build_model(recipe)
+    assert isinstance(model, MaskedTransformer)
+    with torch.no_grad():
+        for parameter in model.parameters():  # heads and modulations begin with zeros
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    built = build_objective(recipe, build_tokenizer(recipe.tokenizer), model)
+    assert isinstance(built, MaskedArTraining)
+    return built
+
+
+def batch(count: int = 8) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "moments": torch.randn(count, 8, 8, 8),
+        "pivot_moments": torch.randn(count, 8, 4, 4),
+        "label": torch.arange(count) % 3,
+    }
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_parameter_learns(row: str) -> None:
+    objective = build(row, pivot_keep=0.5, pivot_keep_warmup=0.0, label_drop=0.3)
+    loss, metrics = objective(batch(32), 0.5)
+    loss.backward()
+    without = [name for name, p in objective.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without
+    expected = {"loss"} if row == "mar" else {"loss", "pivot_loss", "dense_loss"}
+    assert set(metrics) == expected and all(not value.requires_grad for value in metrics.values())
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_groups_hold_every_parameter_once(row: str) -> None:
+    objective = build(row)
+    groups = parameter_groups(objective)
+    names = [name for group in groups for name in group]
+    assert sorted(names) == sorted(f"model.{name}" for name, _ in objective.model.named_parameters())
+    undecayed = set(groups[1])
+    assert all(name in undecayed for name in names if "_head." in name)
+    assert "model.null_embed" not in undecayed and "model.mask_token" not in undecayed
+
+
+def test_conditional_tokens_bring_no_gradient_to_phase_one() -> None:
+    objective = build("scale vector", pivot_keep=1.0, pivot_keep_warmup=0.0, pivot_weight=0.0)
+    objective(batch(), 0.5)[0].backward()
+    head = objective.model.pivot_head
+    assert head is not None
+    assert all(p.grad is None or not p.grad.any() for p in head.parameters())
+    phases = objective.model.encoder.pos_embed.grad
+    assert phases is not None and not phases[0].any() and phases[1].any()
+
+
+def test_text_encoder_learns_along() -> None:
+    text = JointText(width=16, depth=1, heads=2, context_length=6)
+    objective = build("scale vector", text, pivot_keep=0.5, pivot_keep_warmup=0.0)
+    given = batch()
+    del given["label"]
+    given["text"] = torch.randint(1, 400, (8, 6))
+    objective(given, 0.5)[0].backward()
+    assert objective.model.text is not None
+    assert all(p.grad is not None and p.grad.any() for p in objective.model.text.parameters())
+
+
+def test_the_plain_loss_leaves_the_variance_alone() -> None:
+    objective = build("mar", variational=False)
+    objective(batch(), 0.5)[0].backward()
+    gradient = objective.model.dense_head.output.weight.grad
+    assert gradient is not None
+    noise, variance = gradient.chunk(2)
+    assert noise.any() and not variance.any()
+
+
+def test_masked_counts_are_those_of_the_host() -> None:
+    """Counts are drawn on the CPU, so that no step waits for the device; at least one token is masked."""
+    assert masked_count(64, "cosine", 0.0) == 1
+    assert masked_count(64, "truncated-normal", 0.0) == 45
+    assert masked_count(64, "beta", 0.999999) == 64
+    objective = build("mar")
+    torch.manual_seed(3)
+    first = objective.draw(torch.zeros(2, 64, 4), objective.model.dense_head, "cosine").masked
+    torch.manual_seed(3)
+    assert objective.draw(torch.zeros(2, 64, 4), objective.model.dense_head, "cosine").masked == first
+
+
+def test_latents_are_scaled_samples() -> None:
+    objective = build("mar")
+    moments = torch.cat([torch.full((2, 4, 8, 8), 3.0), torch.full((2, 4, 8, 8), -60.0)], dim=1)
+    latents = objective.latents(moments)
+    assert latents.shape == (2, 64, 4)
+    torch.testing.assert_close(latents, torch.full((2, 64, 4), 1.5), rtol=1e-5, atol=1e-5)
