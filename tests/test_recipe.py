@@ -28,6 +28,7 @@ SIZES = {
     "mar": ["b", "l", "h", "tiny", "cifar10", "tin40"],
     "himar": ["b", "l", "h", "b-paper", "tiny", "cifar10", "tin40", "scenes", "emoji", "s-coco"],
     "kl": ["16", "tiny", "cifar10", "tin40", "scenes", "emoji"],
+    "classifier": ["tiny", "cifar10"],
 }
 ABLATION = ["visual", "mlp", "no-scale", "transformer-pivots"]  # Hi-MAR's Table 5, rows 2 to 5
 REQUIRED = {f"{family}-{size}" for family, sizes in SIZES.items() for size in sizes} | {
@@ -349,6 +350,10 @@ def test_an_unknown_key_is_answered_by_the_nearest(override: str, suggestion: st
             ["sample.kind=masked-ar"],
             'sample.kind: a model of kind "next-scale" needs "next-scale", got "masked-ar"',
         ),
+        ("classifier-tiny", ["tokenizer.kind=kl"], "[tokenizer]: a classifier reads images"),
+        ("classifier-tiny", ["text.kind=joint"], "[text]: only models of kind"),
+        ("classifier-tiny", ["model.multipliers=[]"], "model.multipliers: expected one or more levels"),
+        ("classifier-tiny", ["objective.kind=masked"], 'model.kind is "classifier"'),
         ("hmar-d16", ["train.ema=1"], "train.ema: expected a number from 0 to"),
         ("hmar-d16", ["train.epochs=0"], "train.epochs: expected a number above 0, got 0"),
     ],

@@ -38,8 +38,10 @@ All are scaled and centre-cropped to the size that the classifier was trained at
 
 `FD[classifier-cifar10]-10000` is the Fréchet distance of 10000 images (lower is better): FID's formula on the
 features of that classifier. Such numbers compare with each other where the classifier, the reference and the number
-of images are the same, and never with FID. Accuracy is the share of samples that the classifier assigns to the class that they
-were drawn as, where it knows the classes by name; that of the reference says how good it is on real images.
+of images are the same, and never with FID.
+
+Accuracy is the share of samples that the classifier assigns to the class that they were drawn as, where it knows the
+classes by name; that of the reference says how good it is on real images.
 
 **Examples**
 

@@ -34,6 +34,7 @@ def test_list_as_json() -> None:
     )
     assert (mar["what"], mar["tokens"], mar["pivots"]) == ("MAR", 64, 0)
     assert rows["kl-tiny"]["what"] == "KL tokenizer"
+    assert (rows["classifier-tiny"]["what"], rows["classifier-tiny"]["tokens"]) == ("classifier", 0)
     for name, data in {"himar-s-coco": "coco", "himar-scenes": "scenes", "himar-emoji": "emoji"}.items():
         assert (rows[name]["what"], rows[name]["data"]) == ("Hi-MAR, text", data)
 

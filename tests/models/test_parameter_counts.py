@@ -43,7 +43,9 @@ def test_a_tokenizer_has_the_published_size() -> None:
         assert count(build_tokenizer(load_recipe("kl-16").tokenizer)) == 66_456_019
 
 
-@pytest.mark.parametrize("name", [n for n in recipe_names() if not n.startswith(("msvq", "kl", "classifier"))])
+@pytest.mark.parametrize(
+    "name", [n for n in recipe_names() if not n.startswith(("msvq", "kl", "classifier"))]
+)
 def test_the_listed_size_is_the_built_one(name: str) -> None:
     recipe = load_recipe(name)
     with torch.device("meta"):
