@@ -82,7 +82,7 @@ def extract(
         return example, None if example.image is None else cut(example.image, rng)
 
     examples = ordered_map(decoded, source.deferred(0, total), workers)
-    with progress(f"looking at {source.name}", total if total < sys.maxsize else None) as bar:
+    with progress("looking at images", total if total < sys.maxsize else None) as bar:
         while batch := list(islice(examples, batch_size)):
             bar.advance(len(batch))
             bad = [example for example, pixels in batch if pixels is None]
