@@ -1,5 +1,7 @@
 """Sampling of MAR and Hi-MAR: schedules, what depends on what, and numbers that are not finite."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ def test_every_step_draws_something(total: int) -> None:
     for steps in (1, 2, total // 2, total):
         lengths = [total, *mask_lengths(total, steps)]
         lengths[-1] = 0
-        drawn = [before - after for before, after in zip(lengths, lengths[1:], strict=False)]
+        drawn = [before - after for before, after in itertools.pairwise(lengths)]
         assert sum(drawn) == total and min(drawn) >= 1
 
 
