@@ -171,10 +171,10 @@ def build_objective(
     chosen = {each.name: getattr(settings, each.name) for each in fields(settings)}
     if isinstance(settings, MsvqObjective):
         assert isinstance(tokenizer, MultiScaleVQ)
-        return MsvqTraining(tokenizer, **chosen)
+        return MsvqTraining(tokenizer, settings)
     if isinstance(settings, KlObjective):
         assert isinstance(tokenizer, KlAutoencoder)
-        return KlTraining(tokenizer, **chosen)
+        return KlTraining(tokenizer, settings)
     if isinstance(settings, MaskedArObjective):
         assert isinstance(model, MaskedTransformer) and isinstance(tokenizer, KlAutoencoder)
         return MaskedArTraining(model, latent_scale=tokenizer.latent_scale, **chosen)

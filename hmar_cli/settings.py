@@ -170,35 +170,35 @@ class JointText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MsvqObjective:
-    """Training the multi-scale VQ tokenizer: reconstruction, perceptual, adversarial and commitment terms."""
+class Reconstruction:
+    """What training any tokenizer weighs: reconstruction, perceptual and adversarial terms."""
 
-    kind: ClassVar[str] = "msvq"
-    l1: Amount = 0.0
-    l2: Amount = 1.0
+    l1: Amount = 0.0  # of the mean absolute error
+    l2: Amount = 1.0  # of the mean squared error
     perceptual: Literal["none", "random", "lpips"] = "random"  # features of a fixed random network, or LPIPS
     perceptual_weight: Amount = 1.0
     lpips_weights: str = ""  # file with LPIPS weights; empty downloads them
-    adversarial_weight: Amount = 0.0
+    adversarial_weight: Amount = 0.0  # of the generator's hinge term; 0 trains no discriminator
     adversarial_start: Share = 0.5  # share of training after which the adversarial term acts
     discriminator_channels: Count = 64
-    commitment: Amount = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class MsvqObjective(Reconstruction):
+    """Training the multi-scale VQ tokenizer."""
+
+    kind: ClassVar[str] = "msvq"
+    commitment: Amount = 0.25  # of the encoder's part of the quantization loss
     revive_after: Whole = 200  # steps after which an unused code is replaced by a feature; 0 never
 
 
 @dataclass(frozen=True, kw_only=True)
-class KlObjective:
-    """Training the KL autoencoder: reconstruction, perceptual, adversarial and KL terms."""
+class KlObjective(Reconstruction):
+    """Training the KL autoencoder."""
 
     kind: ClassVar[str] = "kl"
     l1: Amount = 1.0
     l2: Amount = 0.0
-    perceptual: Literal["none", "random", "lpips"] = "random"  # features of a fixed random network, or LPIPS
-    perceptual_weight: Amount = 1.0
-    lpips_weights: str = ""  # file with LPIPS weights; empty downloads them
-    adversarial_weight: Amount = 0.0
-    adversarial_start: Share = 0.5  # share of training after which the adversarial term acts
-    discriminator_channels: Count = 64
     kl_weight: Amount = 1e-6  # of the divergence from a standard normal, per number of the image
 
 

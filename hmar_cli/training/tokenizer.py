@@ -6,7 +6,7 @@ height and width of the image, h w those of the latents.
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from hmar_cli.models.scales import Scales
+from hmar_cli.settings import KlObjective, MsvqObjective, Reconstruction
 from hmar_cli.tokenizers.kl import KlAutoencoder, divergence, posterior, sample_posterior
 from hmar_cli.tokenizers.losses import (
     Lpips,
@@ -26,7 +27,6 @@ from hmar_cli.tokenizers.losses import (
 from hmar_cli.tokenizers.msvq import MultiScaleVQ, Quantized
 from hmar_cli.training.objective import Objective
 
-Perceptual = Literal["none", "random", "lpips"]
 Terms = dict[str, Tensor]
 
 
@@ -99,43 +99,22 @@ class TokenizerTraining(Objective):
     Args:
         model: the tokenizer, with `encoder` and `decoder`.
         halvings: of the discriminator.
-        l1: weight of the mean absolute error.
-        l2: weight of the mean squared error.
-        perceptual: "random" features, "lpips" or "none".
-        perceptual_weight: its weight.
-        lpips_weights: file of LPIPS weights; empty downloads them.
-        adversarial_weight: weight of the generator's hinge term; 0 builds no discriminator.
-        adversarial_start: share of training before which the discriminator rests.
-        discriminator_channels: its width.
+        settings: weights of the terms.
     """
 
     model: MultiScaleVQ | KlAutoencoder
 
-    def __init__(
-        self,
-        model: MultiScaleVQ | KlAutoencoder,
-        halvings: int,
-        *,
-        l1: float,
-        l2: float,
-        perceptual: Perceptual,
-        perceptual_weight: float,
-        lpips_weights: str,
-        adversarial_weight: float,
-        adversarial_start: float,
-        discriminator_channels: int,
-    ) -> None:
+    def __init__(self, model: MultiScaleVQ | KlAutoencoder, halvings: int, settings: Reconstruction) -> None:
         super().__init__()
-        self.model = model
-        self.l1, self.l2, self.perceptual_weight = l1, l2, perceptual_weight
-        self.adversarial_weight, self.adversarial_start = adversarial_weight, adversarial_start
+        self.model, self.settings = model, settings
         self.perceptual: nn.Module | None = None
-        if perceptual != "none" and perceptual_weight:
-            self.perceptual = RandomFeatureDistance() if perceptual == "random" else Lpips(lpips_weights)
+        if settings.perceptual != "none" and settings.perceptual_weight:
+            random = settings.perceptual == "random"
+            self.perceptual = RandomFeatureDistance() if random else Lpips(settings.lpips_weights)
         self.networks = {"model": model}
         self.discriminator: nn.Module | None = None
-        if adversarial_weight:
-            self.discriminator = PatchDiscriminator(discriminator_channels, halvings)
+        if settings.adversarial_weight:
+            self.discriminator = PatchDiscriminator(settings.discriminator_channels, halvings)
             self.networks["discriminator"] = self.discriminator
         self.unused_parameters = self.discriminator is not None
 
@@ -156,24 +135,25 @@ class TokenizerTraining(Objective):
         images = to_signed(batch["image"])
         pictures, bottleneck, own, extra = self.reconstruct(images)  # [B, 3, H, W]
         terms = {
-            "reconstruction": self.l1 * F.l1_loss(pictures, images) + self.l2 * F.mse_loss(pictures, images),
+            "reconstruction": self.settings.l1 * F.l1_loss(pictures, images)
+            + self.settings.l2 * F.mse_loss(pictures, images),
             **own,
         }
         loss = terms["reconstruction"] + bottleneck
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(images, pictures).mean()
-            loss = loss + self.perceptual_weight * terms["perceptual"]
+            loss = loss + self.settings.perceptual_weight * terms["perceptual"]
         if self.discriminator is not None:
             generator, terms["discriminator"] = self._adversarial(images, pictures, progress)
             terms["adversarial"] = generator
-            loss = loss + self.adversarial_weight * generator + terms["discriminator"]
+            loss = loss + self.settings.adversarial_weight * generator + terms["discriminator"]
         metrics = {name: term.detach().float() for name, term in {"loss": loss, **terms}.items()}
         metrics["psnr"] = psnr(images, pictures.detach()).mean()
         return loss, metrics | extra
 
     def _adversarial(self, images: Tensor, pictures: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         assert self.discriminator is not None
-        if progress < self.adversarial_start:
+        if progress < self.settings.adversarial_start:
             rest = images.new_zeros(())
             return rest, rest
         frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
@@ -195,52 +175,20 @@ class MsvqTraining(TokenizerTraining):
 
     Args:
         model: the tokenizer.
-        l1: as the other settings up to `discriminator_channels`, see `TokenizerTraining`.
-        l2: weight of the mean squared error.
-        perceptual: "random" features, "lpips" or "none".
-        perceptual_weight: its weight.
-        lpips_weights: file of LPIPS weights; empty downloads them.
-        adversarial_weight: weight of the generator's hinge term; 0 builds no discriminator.
-        adversarial_start: share of training before which the discriminator rests.
-        discriminator_channels: its width.
-        commitment: weight of the encoder's part of the quantization loss.
-        revive_after: steps after which an unused code is replaced; 0 never.
+        settings: weights of the terms, and when an unused code is replaced.
     """
 
     model: MultiScaleVQ
 
-    def __init__(
-        self,
-        model: MultiScaleVQ,
-        *,
-        l1: float = 0.0,
-        l2: float = 1.0,
-        perceptual: Perceptual = "random",
-        perceptual_weight: float = 1.0,
-        lpips_weights: str = "",
-        adversarial_weight: float = 0.0,
-        adversarial_start: float = 0.5,
-        discriminator_channels: int = 64,
-        commitment: float = 0.25,
-        revive_after: int = 200,
-    ) -> None:
+    def __init__(self, model: MultiScaleVQ, settings: MsvqObjective) -> None:
         side = min(model.image_size)
-        super().__init__(
-            model,
-            3 if side >= 128 else 2 if side >= 16 else 1,
-            l1=l1,
-            l2=l2,
-            perceptual=perceptual,
-            perceptual_weight=perceptual_weight,
-            lpips_weights=lpips_weights,
-            adversarial_weight=adversarial_weight,
-            adversarial_start=adversarial_start,
-            discriminator_channels=discriminator_channels,
-        )
-        self.model.quantizer.commitment = commitment
+        super().__init__(model, 3 if side >= 128 else 2 if side >= 16 else 1, settings)
+        self.model.quantizer.commitment = settings.commitment
         idle_phis = len(set(model.quantizer.phi_index)) < len(model.quantizer.phis)
         self.unused_parameters = idle_phis or self.discriminator is not None
-        self.usage = CodeUsage(model.scales, model.vocab_size, revive_after or 200, revive_after)
+        self.usage = CodeUsage(
+            model.scales, model.vocab_size, settings.revive_after or 200, settings.revive_after
+        )
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Terms, Terms]:
         """Quantize images [B, 3, H, W] in [-1, 1] and decode them; counts the codes in training."""
@@ -286,46 +234,14 @@ class KlTraining(TokenizerTraining):
 
     Args:
         model: the autoencoder.
-        l1: as the other settings up to `discriminator_channels`, see `TokenizerTraining`.
-        l2: weight of the mean squared error.
-        perceptual: "random" features, "lpips" or "none".
-        perceptual_weight: its weight.
-        lpips_weights: file of LPIPS weights; empty downloads them.
-        adversarial_weight: weight of the generator's hinge term; 0 builds no discriminator.
-        adversarial_start: share of training before which the discriminator rests.
-        discriminator_channels: its width.
-        kl_weight: weight of the divergence.
+        settings: weights of the terms.
     """
 
     model: KlAutoencoder
 
-    def __init__(
-        self,
-        model: KlAutoencoder,
-        *,
-        l1: float = 1.0,
-        l2: float = 0.0,
-        perceptual: Perceptual = "random",
-        perceptual_weight: float = 1.0,
-        lpips_weights: str = "",
-        adversarial_weight: float = 0.0,
-        adversarial_start: float = 0.5,
-        discriminator_channels: int = 64,
-        kl_weight: float = 1e-6,
-    ) -> None:
-        super().__init__(
-            model,
-            3 if model.stride >= 16 else 2 if model.stride >= 4 else 1,
-            l1=l1,
-            l2=l2,
-            perceptual=perceptual,
-            perceptual_weight=perceptual_weight,
-            lpips_weights=lpips_weights,
-            adversarial_weight=adversarial_weight,
-            adversarial_start=adversarial_start,
-            discriminator_channels=discriminator_channels,
-        )
-        self.kl_weight = kl_weight
+    def __init__(self, model: KlAutoencoder, settings: KlObjective) -> None:
+        super().__init__(model, 3 if model.stride >= 16 else 2 if model.stride >= 4 else 1, settings)
+        self.kl_weight = settings.kl_weight
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Terms, Terms]:
         """Draw latents of images [B, 3, H, W] in [-1, 1] and decode them."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from hmar_cli.settings import KlObjective
 from hmar_cli.tokenizers.kl import KlAutoencoder, posterior
 from hmar_cli.tokenizers.losses import psnr
 from hmar_cli.training.optimizer import parameter_groups, trainable_parameters
@@ -30,7 +31,7 @@ def compute(objective, progress=0.0, seed=0, **data):
 
 def test_metrics_have_the_same_names_and_shapes_in_every_step():
     objective = KlTraining(
-        autoencoder(), adversarial_weight=0.1, adversarial_start=0.5, discriminator_channels=8
+        autoencoder(), KlObjective(adversarial_weight=0.1, adversarial_start=0.5, discriminator_channels=8)
     )
     shapes = [{k: v.shape for k, v in compute(objective, p)[1].items()} for p in (0.0, 0.9)]
     assert shapes[0] == shapes[1] and set(shapes[0].values()) == {()}
@@ -46,7 +47,7 @@ def test_the_loss_is_that_of_latent_diffusion_per_number_of_the_image(size):
     """Sums over an image's numbers and over its latents, divided by the image's numbers."""
     model = autoencoder()
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    objective = KlTraining(model, l1=0.7, l2=0.3, perceptual="none", kl_weight=0.01)
+    objective = KlTraining(model, KlObjective(l1=0.7, l2=0.3, perceptual="none", kl_weight=0.01))
     torch.manual_seed(5)
     loss, metrics = objective({"image": images}, 0.0)
     mean, std = posterior(model.moments(images))
@@ -64,7 +65,7 @@ def test_the_loss_is_that_of_latent_diffusion_per_number_of_the_image(size):
 
 
 def test_the_divergence_moves_the_encoder_alone():
-    objective = KlTraining(autoencoder(), l1=0.0, l2=0.0, perceptual="none", kl_weight=1.0)
+    objective = KlTraining(autoencoder(), KlObjective(l1=0.0, l2=0.0, perceptual="none", kl_weight=1.0))
     compute(objective)[0].backward()
     grads = {name: p.grad for name, p in objective.model.named_parameters()}
     assert grads["quant_conv.bias"].abs().min() > 0
@@ -74,27 +75,29 @@ def test_the_divergence_moves_the_encoder_alone():
 
 
 def test_the_picture_s_error_reaches_mean_and_variance():
-    objective = KlTraining(autoencoder(), perceptual="none", kl_weight=0.0)
+    objective = KlTraining(autoencoder(), KlObjective(perceptual="none", kl_weight=0.0))
     compute(objective)[0].backward()
     grad = objective.model.quant_conv.bias.grad
     assert grad[:4].abs().min() > 0 and grad[4:].abs().min() > 0
 
 
 def test_every_step_draws_anew():
-    objective = KlTraining(autoencoder())
+    objective = KlTraining(autoencoder(), KlObjective())
     assert compute(objective, seed=1)[0] == compute(objective, seed=1)[0] != compute(objective, seed=2)[0]
 
 
 def test_perceptual_term_is_weighted():
-    plain, weighted = (KlTraining(autoencoder(), perceptual_weight=w, kl_weight=0.0) for w in (0.0, 0.5))
+    plain, weighted = (
+        KlTraining(autoencoder(), KlObjective(perceptual_weight=w, kl_weight=0.0)) for w in (0.0, 0.5)
+    )
     assert plain.perceptual is None and weighted.perceptual is not None
     (without, _), (loss, metrics) = compute(plain), compute(weighted)
     torch.testing.assert_close(loss, without + 0.5 * metrics["perceptual"])
 
 
 def test_discriminator_rests_until_its_start():
-    plain = KlTraining(autoencoder())
-    adversarial = KlTraining(autoencoder(), adversarial_weight=0.1, discriminator_channels=8)
+    plain = KlTraining(autoencoder(), KlObjective())
+    adversarial = KlTraining(autoencoder(), KlObjective(adversarial_weight=0.1, discriminator_channels=8))
     assert set(adversarial.networks) == {"model", "discriminator"} and set(plain.networks) == {"model"}
     assert adversarial.unused_parameters and not plain.unused_parameters
     assert torch.equal(compute(plain, 0.49)[0], compute(adversarial, 0.49)[0])
@@ -109,7 +112,10 @@ def test_discriminator_rests_until_its_start():
 def test_discriminator_follows_the_stride(levels, size, layers):
     model = KlAutoencoder(channels=4, multipliers=(1,) * levels, res_blocks=1, z_channels=2)
     objective = KlTraining(
-        model, adversarial_weight=0.1, adversarial_start=0.0, discriminator_channels=4, perceptual="none"
+        model,
+        KlObjective(
+            adversarial_weight=0.1, adversarial_start=0.0, discriminator_channels=4, perceptual="none"
+        ),
     )
     assert objective.discriminator is not None
     strides = [m.stride for m in objective.discriminator.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -118,7 +124,7 @@ def test_discriminator_follows_the_stride(levels, size, layers):
 
 
 def test_groups_cover_all_parameters_and_spare_biases_and_norms():
-    objective = KlTraining(autoencoder(), adversarial_weight=0.1, discriminator_channels=8)
+    objective = KlTraining(autoencoder(), KlObjective(adversarial_weight=0.1, discriminator_channels=8))
     decayed, undecayed = parameter_groups(objective)
     assert {**decayed, **undecayed}.keys() == trainable_parameters(objective).keys()
     assert not any("norm" in name or name.endswith("bias") for name in decayed)
@@ -127,7 +133,7 @@ def test_groups_cover_all_parameters_and_spare_biases_and_norms():
 
 def test_compilation_reaches_what_training_calls(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **kwargs: lambda *args: calls.append(1) or call(*args))
-    objective, calls = KlTraining(autoencoder()), []
+    objective, calls = KlTraining(autoencoder(), KlObjective()), []
     expected = compute(objective)[0]
     objective.compile_networks()
     assert calls == []
@@ -161,7 +167,9 @@ def test_training_improves_the_pictures_and_the_divergence_has_weight():
     colours = torch.rand(16, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8) * 2 - 1
     found = {}
     for weight in (1e-6, 0.1):
-        objective = KlTraining(autoencoder(), perceptual="none", l1=0.0, l2=1.0, kl_weight=weight)
+        objective = KlTraining(
+            autoencoder(), KlObjective(perceptual="none", l1=0.0, l2=1.0, kl_weight=weight)
+        )
         before = evaluate_tokenizer(copy.deepcopy(objective.model).eval(), colours.split(8))
         optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3)
         for step in range(40):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hmar_cli.models.scales import Scales
+from hmar_cli.settings import MsvqObjective
 from hmar_cli.tokenizers.msvq import MultiScaleVQ, Quantized
 from hmar_cli.training.tokenizer import CodeUsage, MsvqTraining, evaluate_tokenizer, to_signed
 
@@ -52,7 +53,7 @@ def train(objective, steps, start=0):
 
 def test_metrics_have_the_same_names_and_shapes_in_every_step():
     objective = MsvqTraining(
-        tokenizer(), adversarial_weight=0.1, adversarial_start=0.5, discriminator_channels=8
+        tokenizer(), MsvqObjective(adversarial_weight=0.1, adversarial_start=0.5, discriminator_channels=8)
     )
     shapes = [{k: v.shape for k, v in objective(batch(), p)[1].items()} for p in (0.0, 0.9)]
     assert shapes[0] == shapes[1]
@@ -69,15 +70,15 @@ def test_metrics_have_the_same_names_and_shapes_in_every_step():
 
 
 def test_uint8_and_float_images_are_the_same():
-    objective = MsvqTraining(tokenizer())
+    objective = MsvqTraining(tokenizer(), MsvqObjective())
     pixels = batch()["image"]
     assert to_signed(pixels).min() >= -1 and to_signed(pixels).max() <= 1
     assert torch.equal(objective({"image": pixels}, 0.0)[0], objective({"image": to_signed(pixels)}, 0.0)[0])
 
 
 def test_discriminator_rests_until_its_start():
-    plain = MsvqTraining(tokenizer())
-    adversarial = MsvqTraining(tokenizer(), adversarial_weight=0.1, discriminator_channels=8)
+    plain = MsvqTraining(tokenizer(), MsvqObjective())
+    adversarial = MsvqTraining(tokenizer(), MsvqObjective(adversarial_weight=0.1, discriminator_channels=8))
     assert set(adversarial.networks) == {"model", "discriminator"} and set(plain.networks) == {"model"}
     assert torch.equal(plain(batch(), 0.49)[0], adversarial(batch(), 0.49)[0])
     assert plain(batch(), 0.5)[0] != adversarial(batch(), 0.5)[0]
@@ -86,7 +87,9 @@ def test_discriminator_rests_until_its_start():
 def test_one_backward_gives_each_network_its_own_loss():
     """Gradients equal those of the two separate steps that GAN training usually takes."""
     settings = {"perceptual": "none", "l2": 0.0, "commitment": 0.0, "adversarial_start": 0.0}
-    objective = MsvqTraining(tokenizer(), adversarial_weight=0.3, discriminator_channels=8, **settings)
+    objective = MsvqTraining(
+        tokenizer(), MsvqObjective(adversarial_weight=0.3, discriminator_channels=8, **settings)
+    )
     loss, _ = objective(batch(), 0.0)
     loss.backward()
     together = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
@@ -109,7 +112,7 @@ def test_one_backward_gives_each_network_its_own_loss():
 
 
 def test_decay_spares_codebook_norms_and_biases():
-    objective = MsvqTraining(tokenizer())
+    objective = MsvqTraining(tokenizer(), MsvqObjective())
     decayed = {n for n, p in objective.model.named_parameters() if not objective.undecayed(n, p)}
     assert "quantizer.codebook.weight" not in decayed and "encoder.conv_in.weight" in decayed
     assert not any("norm" in name or name.endswith("bias") for name in decayed)
@@ -160,18 +163,18 @@ def test_more_idle_codes_than_vectors():
 
 
 def test_evaluation_mode_counts_nothing():
-    objective = MsvqTraining(tokenizer()).eval()
+    objective = MsvqTraining(tokenizer(), MsvqObjective()).eval()
     objective(batch(), 0.0)
     assert objective.usage.hits.sum() == 0
 
 
 def test_continuing_from_resume_state_is_exact():
     settings = {"perceptual": "none", "revive_after": 3}
-    whole = MsvqTraining(tokenizer(64), **settings)
+    whole = MsvqTraining(tokenizer(64), MsvqObjective(**settings))
     expected = train(whole, 8)
-    first = MsvqTraining(tokenizer(64), **settings)
+    first = MsvqTraining(tokenizer(64), MsvqObjective(**settings))
     losses = train(first, 5)
-    second = MsvqTraining(tokenizer(64), **settings)
+    second = MsvqTraining(tokenizer(64), MsvqObjective(**settings))
     second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
     second.load_resume_state({k: v.clone() for k, v in first.resume_state().items()})
     losses += train(second, 3, start=5)
@@ -181,7 +184,7 @@ def test_continuing_from_resume_state_is_exact():
 
 def test_compilation_reaches_what_training_calls(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **kwargs: lambda *args: calls.append(1) or call(*args))
-    objective, calls = MsvqTraining(tokenizer()), []
+    objective, calls = MsvqTraining(tokenizer(), MsvqObjective()), []
     expected = objective(batch(), 0.0)[0]
     objective.compile_networks()
     assert calls == []
@@ -234,7 +237,7 @@ def test_two_processes_agree_on_usage_and_revival():
 
 
 def test_training_improves_and_evaluation_reports_it():
-    objective = MsvqTraining(tokenizer(), perceptual="none", revive_after=10)
+    objective = MsvqTraining(tokenizer(), MsvqObjective(perceptual="none", revive_after=10))
     generator = torch.Generator().manual_seed(3)
     colours = torch.rand(16, 3, 1, 1, generator=generator).expand(-1, -1, 8, 8) * 2 - 1
     before = evaluate_tokenizer(objective.model.eval(), colours.split(8))
