@@ -208,8 +208,8 @@ def draw_images(
         keep: what else is written.
 
     Returns:
-        Precision, seconds, images per second and images that were there already, in the first process; None in the
-        others.
+        Precision, seconds, images per second (also without the first batch, which loads and compiles kernels) and
+        images that were there already, in the first process; None in the others.
 
     Raises:
         UserError: the folder holds other images, or the model gave numbers that are not finite.
@@ -230,7 +230,7 @@ def draw_images(
         write_json(out / "sample.json", {**record, "made_with": _made_with(place, state, job)})
     state.wait_for_everyone()
     start = time.perf_counter()
-    _draw_share(model.to(place), tokenizer.to(place), job, out, place, state, keep)
+    times = _draw_share(model.to(place), tokenizer.to(place), job, out, place, state, keep)
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if state.num_processes > 1:
@@ -243,6 +243,7 @@ def draw_images(
         "device": str(place),
         "seconds": round(seconds, 3),
         "images_per_second": round((job.count - there) / seconds, 2),
+        "steady_images_per_second": _steady(times, job.batch_size, state.num_processes),
         "already_there": there,
     }
 
@@ -255,8 +256,12 @@ def _draw_share(
     place: torch.device,
     state: Any,
     keep: Keep,
-) -> None:
-    """Draw what is missing of this process's images, every `num_processes`-th; the first process shows a bar."""
+) -> list[float]:
+    """Draw what is missing of this process's images, every `num_processes`-th; the first process shows a bar.
+
+    Returns:
+        Seconds that each full batch took.
+    """
     world = state.num_processes
     share = range(state.process_index, job.count, world)
     missing = [i for i in share if not _complete(out, i, keep)]
@@ -265,14 +270,23 @@ def _draw_share(
         bar = None
         if state.is_main_process:
             bar = stack.enter_context(progress(title, len(share), completed=len(share) - len(missing)))
+        times = []
         for first in range(0, len(missing), job.batch_size):
-            batch = missing[first : first + job.batch_size]
+            batch, start = missing[first : first + job.batch_size], time.perf_counter()
             images, pivots = generate(model, tokenizer, job, batch, place)
             if keep.pivots and pivots is not None:
                 _save(pivots, [pivot_path(out, i) for i in batch])
             _save(images, [image_path(out, i) for i in batch])
+            if len(batch) == job.batch_size:
+                times.append(time.perf_counter() - start)
             if bar is not None:
                 bar.advance(len(batch))
+    return times
+
+
+def _steady(times: Sequence[float], batch_size: int, processes: int) -> float | None:
+    """Images a second of all processes by the median batch after the first; None where there is no second one."""
+    return round(processes * batch_size / float(np.median(times[1:])), 2) if len(times) > 1 else None
 
 
 def _save(images: Tensor, paths: Sequence[Path]) -> None:
