@@ -71,7 +71,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Autoregressive image generation: HMAR and VAR, from raw images to samples.",
+    help="Autoregressive image generation: HMAR, VAR, Hi-MAR and MAR, from raw images to samples.",
     epilog="Start with `hmar recipes list`, or see the README for a command for each job.",
 )
 for module in (tokenize, train, finetune_masked, sample, curves):
