@@ -32,7 +32,7 @@ def test_list_as_json() -> None:
     assert (himar["what"], himar["tokens"], himar["pivots"], himar["parameters"]) == (
         ("Hi-MAR", 256, 64, 529_228_336)
     )
-    assert (mar["what"], mar["tokens"], mar["pivots"]) == ("MAR", 64, 0)
+    assert (mar["what"], mar["tokens"], mar["pivots"]) == ("MAR", 16, 0)
     assert rows["kl-tiny"]["what"] == "KL tokenizer"
     assert (rows["classifier-tiny"]["what"], rows["classifier-tiny"]["tokens"]) == ("classifier", 0)
     for name, data in {"himar-s-coco": "coco", "himar-scenes": "scenes", "himar-emoji": "emoji"}.items():
