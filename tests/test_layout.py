@@ -1,6 +1,7 @@
 """Imports go one way, as CONTRIBUTING.md lays the packages out."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,31 @@ MAY_IMPORT = {
     "settings.py": {"models"},
     "recipe.py": {"settings"},
     "sizes.py": {"settings"},
+    "errors.py": set(),
+    "files.py": set(),
+    "console.py": set(),
+    "report.py": set(),
+    "launch.py": set(),
     "models": set(),
     "tokenizers": {"models"},
-    "checkpoints": {"models", "recipe", "settings"},
+    "checkpoints": {"recipe", "settings"},
     "data": {"models", "tokenizers", "settings"},
     "training": {"models", "tokenizers", "data", "checkpoints", "recipe", "settings"},
     "sampling": {"models", "tokenizers", "report"},
     "evaluation": {"models", "tokenizers", "data"},
     "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},
+    "previews.py": {"models", "tokenizers", "data", "training", "sampling", "builders", "report", "settings"},
 }
+OUTSIDE = {
+    "torch",
+    "hmar_kernels",
+    "open_clip",
+    "safetensors",
+}  # what models may import, with the standard library
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of the project that a file imports anywhere, functions included: "hmar_cli.models.scales"."""
+def imported_anything(path: Path) -> set[str]:
+    """What a file imports anywhere, functions included: "hmar_cli.models.scales", "torch.nn"."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -31,7 +44,12 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: a relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in ("hmar_cli", "hmar_kernels")}
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Of what a file imports, the modules of the project."""
+    return {name for name in imported_anything(path) if name.split(".")[0] in ("hmar_cli", "hmar_kernels")}
 
 
 @pytest.mark.parametrize("place", MAY_IMPORT)
@@ -45,6 +63,15 @@ def test_packages_import_only_what_lies_below_them(place: str) -> None:
             root, part = name.split(".")[:2]
             fine = place == "models" if root == "hmar_kernels" else part in allowed
             assert fine, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_models_import_few_packages() -> None:
+    files = sorted((ROOT / "hmar_cli" / "models").rglob("*.py"))
+    assert files
+    for file in files:
+        found = {name.split(".")[0] for name in imported_anything(file)} - {"hmar_cli"}
+        strange = found - sys.stdlib_module_names - OUTSIDE
+        assert not strange, f"{file.relative_to(ROOT)} imports {', '.join(strange)}"
 
 
 def test_nothing_but_the_application_imports_commands() -> None:
