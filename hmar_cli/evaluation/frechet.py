@@ -15,11 +15,12 @@ class FeatureStatistics:
 
     Attributes:
         count: images so far.
+        mean: [F], float64, once there are any.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean = self._scatter = torch.zeros(())  # [F], [F, F] after the first batch
+        self.mean = self._scatter = torch.zeros(())  # [F], [F, F] after the first batch
 
     def add(self, features: Tensor) -> None:
         """Take features [B, F] of B images in.
@@ -27,8 +28,8 @@ class FeatureStatistics:
         Raises:
             ValueError: another shape, or numbers that are not finite.
         """
-        if features.ndim != 2 or (self.count and features.shape[1] != len(self._mean)):
-            wanted = f"[B, {len(self._mean)}]" if self.count else "[B, F]"
+        if features.ndim != 2 or (self.count and features.shape[1] != len(self.mean)):
+            wanted = f"[B, {len(self.mean)}]" if self.count else "[B, F]"
             raise ValueError(f"expected features {wanted}, got {list(features.shape)}")
         if not features.isfinite().all():
             raise ValueError("expected finite features, got some that are not")
@@ -37,17 +38,10 @@ class FeatureStatistics:
         rows = features.double()
         mean = rows.mean(dim=0)  # [F]
         scatter = (rows - mean).T @ (rows - mean)  # [F, F]
-        if not self.count:
-            self.count, self._mean, self._scatter = len(rows), mean, scatter
-            return
-        total, step = self.count + len(rows), mean - self._mean
-        self._scatter += scatter + torch.outer(step, step) * (self.count * len(rows) / total)
-        self._mean, self.count = self._mean + step * (len(rows) / total), total
-
-    @property
-    def mean(self) -> Tensor:
-        """[F], float64."""
-        return self._mean
+        total, step = self.count + len(rows), mean - self.mean
+        apart = torch.outer(step, step) * (self.count * len(rows) / total)  # 0 for the first batch
+        self._scatter = self._scatter + scatter + apart
+        self.mean, self.count = self.mean + step * (len(rows) / total), total
 
     @property
     def covariance(self) -> Tensor:
