@@ -9,8 +9,7 @@ import typer
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from hmar_cli.evaluation.extract import Findings
-    from hmar_cli.evaluation.scenes import Verdict
+    from hmar_cli.evaluation.compare import Comparison
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="markdown", help="Measure what generated images show."
@@ -84,42 +83,32 @@ def samples(
     from hmar_cli.console import console
     from hmar_cli.data.samples import open_samples
     from hmar_cli.data.sources import open_source
-    from hmar_cli.evaluation.extract import extract
-    from hmar_cli.evaluation.frechet import frechet_distance
+    from hmar_cli.evaluation.compare import compare_images
 
     network, checkpoint = load_classifier(extractor)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    network, recipe = network.to(place), checkpoint.recipe
-    ours, real = (
-        extract(
-            network,
-            checkpoint.class_names,
-            source,
-            size=recipe.data.size,
-            count=first,
-            batch_size=batch_size,
-            workers=recipe.data.workers,
-        )
-        for source, first in (
-            (open_samples(folder), count),
-            (open_source(reference, size=recipe.data.size), 0),
-        )
+    recipe = checkpoint.recipe
+    found = compare_images(
+        network.to(place),
+        checkpoint.class_names,
+        open_samples(folder),
+        open_source(reference, size=recipe.data.size),
+        size=recipe.data.size,
+        count=count,
+        batch_size=batch_size,
+        workers=recipe.data.workers,
     )
-    for found in (ours, real):
-        if found.unreadable:
-            left_out = f"left out {found.unreadable} images of {found.source}; {found.error}"
+    for each in (found.samples, found.reference):
+        if each.unreadable:
+            left_out = f"left out {each.unreadable} images of {each.source}; {each.error}"
             console.print(f"[yellow]warning:[/] {left_out}", highlight=False)
-    pairs = [(each.statistics.mean, each.statistics.covariance) for each in (ours, real)]
-    distance = frechet_distance(*pairs[0], *pairs[1])
-    name = f"FD[{recipe.name}]-{ours.statistics.count}"
+    name = f"FD[{recipe.name}]-{found.samples.statistics.count}"
     if not as_json:
-        print_findings(name, distance, ours, real)
+        print_comparison(name, found)
         return
     about: dict[str, Any] = {
         "metric": name,
-        "distance": distance,
-        "samples": ours.describe(),
-        "reference": real.describe(),
+        **found.describe(),
         "extractor": {
             "checkpoint": str(checkpoint.folder),
             "recipe": recipe.name,
@@ -135,14 +124,15 @@ def samples(
     print(json.dumps(about, indent=2, ensure_ascii=False))
 
 
-def print_findings(name: str, distance: float, ours: "Findings", real: "Findings") -> None:
+def print_comparison(name: str, found: "Comparison") -> None:
     """Print a distance, and the accuracies that are known."""
-    rows = [(name, f"{distance:.4g}", f"from {real.statistics.count} images of {real.source}")]
-    for title, found in (("accuracy", ours), ("accuracy, reference", real)):
-        if found.labelled:
-            count = found.statistics.count
-            share = f"{found.right / count:.1%}"
-            rows.append((title, share, f"{found.right} of {count} images assigned to their class"))
+    ours, real = found.samples, found.reference
+    rows = [(name, f"{found.distance:.4g}", f"from {real.statistics.count} images of {real.source}")]
+    for title, each in (("accuracy", ours), ("accuracy, reference", real)):
+        if each.labelled:
+            count = each.statistics.count
+            share = f"{each.right / count:.1%}"
+            rows.append((title, share, f"{each.right} of {count} images assigned to their class"))
     for title, value, text in rows:
         print(f"{title:{max(len(row[0]) for row in rows)}}  {value:>7}  {text}")
 
@@ -155,9 +145,9 @@ def scenes(
     ] = False,
 ) -> None:
     """Judge images; the help text is `SCENES_HELP`."""
-    from hmar_cli.evaluation.scenes import summary
+    from hmar_cli.evaluation.scenes import judge_images, prompted_images, summary
 
-    prompts, images = find_images(folder)
+    prompts, images = prompted_images(folder)
     verdicts = judge_images(images, prompts)
     rows = summary(verdicts)
     if as_json:
@@ -186,52 +176,3 @@ def scene_prompts(
     if chosen is None:
         raise UserError(f"--split {split}: expected {', '.join(SPLITS)}", "all is the default")
     print("\n".join(prompts(count, seed=seed, split=chosen)))
-
-
-def find_images(folder: Path) -> tuple[list[str], list[Path]]:
-    """Read what `hmar sample --prompt-file` wrote: the prompts, and the images in order.
-
-    Raises:
-        UserError: another folder, one without prompts, or images that are missing.
-    """
-    from hmar_cli.data.samples import read_samples
-
-    about, images = read_samples(folder)
-    prompts = about.get("prompts")
-    if not prompts or not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
-        raise UserError(
-            f"{folder} holds images without prompts", "give a folder that `hmar sample --prompt-file` wrote"
-        )
-    return prompts, images
-
-
-def judge_images(images: list[Path], prompts: list[str]) -> "list[Verdict]":
-    """Judge image i by prompt i, beginning again where the prompts end.
-
-    Raises:
-        UserError: a prompt that is not of the scenes, or an image that cannot be read.
-    """
-    import numpy as np
-    from PIL import Image
-
-    from hmar_cli.console import progress
-    from hmar_cli.data.scenes import parse
-    from hmar_cli.evaluation.scenes import judge
-
-    try:
-        for prompt in prompts:
-            parse(prompt)
-    except ValueError as error:
-        hint = "`hmar eval scene-prompts 100` prints prompts that can be judged"
-        raise UserError(f"{error}", hint) from error
-    verdicts = []
-    with progress("judging", len(images)) as bar:
-        for i, path in enumerate(images):
-            try:
-                with Image.open(path) as image:
-                    pixels = np.asarray(image.convert("RGB"))
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error}", "draw it again with `hmar sample`") from error
-            verdicts.append(judge(pixels, prompts[i % len(prompts)]))
-            bar.advance()
-    return verdicts

@@ -7,12 +7,17 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from hmar_cli.console import progress
+from hmar_cli.data.samples import read_samples
 from hmar_cli.data.scenes import RELATIONS, Scene, parse
+from hmar_cli.errors import UserError
 from hmar_cli.evaluation.objects import Found, find_objects
 
 
@@ -90,6 +95,46 @@ def _relation(first: Found, second: Found) -> str:
     down, right = (first.middle[axis] - second.middle[axis] for axis in (0, 1))
     step = (0, int(math.copysign(1, right))) if abs(right) > abs(down) else (int(math.copysign(1, down)), 0)
     return next(relation for relation, place in RELATIONS.items() if place == step)
+
+
+def prompted_images(folder: Path) -> tuple[list[str], list[Path]]:
+    """Read what `hmar sample --prompt-file` wrote: the prompts, and the images in order.
+
+    Raises:
+        UserError: another folder, one without prompts, or images that are missing.
+    """
+    about, images = read_samples(folder)
+    prompts = about.get("prompts")
+    if not prompts or not isinstance(prompts, list) or not all(isinstance(each, str) for each in prompts):
+        raise UserError(
+            f"{folder} holds images without prompts", "give a folder that `hmar sample --prompt-file` wrote"
+        )
+    return prompts, images
+
+
+def judge_images(images: list[Path], prompts: list[str]) -> list[Verdict]:
+    """Judge image i by prompt i, beginning again where the prompts end.
+
+    Raises:
+        UserError: a prompt that is not of the scenes, or an image that cannot be read.
+    """
+    try:
+        for prompt in prompts:
+            parse(prompt)
+    except ValueError as error:
+        hint = "`hmar eval scene-prompts 100` prints prompts that can be judged"
+        raise UserError(f"{error}", hint) from error
+    verdicts = []
+    with progress("judging", len(images)) as bar:
+        for i, path in enumerate(images):
+            try:
+                with Image.open(path) as image:
+                    pixels = np.asarray(image.convert("RGB"))
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error}", "draw it again with `hmar sample`") from error
+            verdicts.append(judge(pixels, prompts[i % len(prompts)]))
+            bar.advance()
+    return verdicts
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
