@@ -1,7 +1,6 @@
 """COCO from its own files: a JSON of images and captions, and the folder that the images lie in."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,8 @@ class CocoSource(ImageSource):
         self._captions = [tuple(captions.get(key, ())) for key in images]
         self._files, self._strays = list(images.values()), strays
 
-    @property
-    def random_access(self) -> bool:
-        """Always."""
-        return True
-
-    def deferred(self, start: int, stop: int) -> Iterator[Callable[[], Example]]:
-        """Yield functions that decode the images."""
-        for index in range(start, min(stop, len(self))):
-            yield partial(self._example, index)
-
-    def _example(self, index: int) -> Example:
+    def example(self, index: int) -> Example:
+        """Decode one image."""
         if index >= len(self._files):
             stray = self._strays[index - len(self._files)]
             return unusable(index, f"captions name the image {stray}, which the list of images lacks")

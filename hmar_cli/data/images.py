@@ -4,6 +4,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,16 +57,21 @@ class ImageSource(ABC):
         self.captioned = captioned
 
     @property
-    @abstractmethod
     def random_access(self) -> bool:
         """Whether images can be read in any order; a stream is read from its start."""
+        return True
 
     @abstractmethod
+    def example(self, index: int) -> Example:
+        """Decode one image of a source that is no stream; called in any thread."""
+
     def deferred(self, start: int, stop: int) -> Iterator[Callable[[], Example]]:
         """Yield for each of the images [start, stop) a function that decodes it, to be called in any thread.
 
         Ends early where the source ends.
         """
+        for index in range(start, min(stop, len(self))):
+            yield partial(self.example, index)
 
     def read(self, start: int, stop: int) -> Iterator[Example]:
         """Yield the images [start, stop) in order; ends early where the source ends."""

@@ -1,7 +1,6 @@
 """Generated images as a source: a folder that `hmar sample` wrote, or any other folder of images."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,8 @@ class SampleSource(ImageSource):
         self._paths = tuple(paths)
         self._labels = [self.class_names.index(name) for name in drawn] or [0]
 
-    @property
-    def random_access(self) -> bool:
-        """Always."""
-        return True
-
-    def deferred(self, start: int, stop: int) -> Iterator[Callable[[], Example]]:
-        """Yield functions that decode the images."""
-        for index in range(start, min(stop, len(self._paths))):
-            yield partial(self._example, index)
-
-    def _example(self, index: int) -> Example:
+    def example(self, index: int) -> Example:
+        """Decode one image."""
         try:
             image = decode_image(str(self._paths[index]))
         except Exception as error:  # whatever a codec raises on broken bytes

@@ -11,7 +11,7 @@
 Options follow a question mark: `owner/name?split=test&label=fine_label&streaming=true`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from hmar_cli.data import scenes, shapes
@@ -34,19 +34,10 @@ class DrawnSource(ImageSource):
         self, name: str, class_names: tuple[str, ...], count: int, draw: Callable[[int], shapes.Drawing]
     ) -> None:
         super().__init__(name, class_names, count, captioned=True)
-        self.count, self.draw = count, draw
+        self.draw = draw
 
-    @property
-    def random_access(self) -> bool:
-        """Always."""
-        return True
-
-    def deferred(self, start: int, stop: int) -> Iterator[Callable[[], Example]]:
-        """Yield functions that draw the images."""
-        for index in range(start, min(stop, self.count)):
-            yield partial(self._example, index)
-
-    def _example(self, index: int) -> Example:
+    def example(self, index: int) -> Example:
+        """Draw one image."""
         drawing = self.draw(index)
         return Example(index, drawing.image, drawing.label, (drawing.caption,))
 

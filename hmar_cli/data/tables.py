@@ -81,14 +81,18 @@ class TableSource(ImageSource):
         """Yield functions that decode the images."""
         rows = self._stream_rows(start, stop) if self._streaming else self._table_rows(start, stop)
         for index, row in enumerate(rows, start):
-            yield partial(self._example, index, row)
+            yield partial(self._decode, index, row)
+
+    def example(self, index: int) -> Example:
+        """Fetch and decode one image."""
+        return self[index]
 
     def pick(self, indices: Sequence[int]) -> Iterator[Callable[[], Example]]:
         """Yield functions that decode some images, whose rows are fetched together."""
         if indices and not 0 <= min(indices) <= max(indices) < len(self):
             raise IndexError(f"expected indices below {len(self)}, got {min(indices)}..{max(indices)}")
         for index, row in zip(indices, _rows(self._data[list(indices)]), strict=True):
-            yield partial(self._example, index, row)
+            yield partial(self._decode, index, row)
 
     def _table_rows(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         stop = min(stop, len(self))
@@ -106,7 +110,7 @@ class TableSource(ImageSource):
             if self._next >= stop:
                 return
 
-    def _example(self, index: int, row: Mapping[str, Any]) -> Example:
+    def _decode(self, index: int, row: Mapping[str, Any]) -> Example:
         columns = self._columns
         try:
             label = self._labels.of(_field(row, columns.label)) if columns.label else 0

@@ -267,8 +267,8 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """Moments of 24 drawings, mirrored too, each with the captions of three lengths."""
 
     class Texts(DrawnSource):
-        def _example(self, index: int) -> Example:
-            return replace(super()._example(index), captions=("a", "bb", "ccc"))
+        def example(self, index: int) -> Example:
+            return replace(super().example(index), captions=("a", "bb", "ccc"))
 
     folder = tmp_path_factory.mktemp("latents") / "c"
     drawn = shapes(24)
