@@ -76,13 +76,15 @@ def settings_for(
         UserError: a size that the tokenizer cannot encode, or no captions where they are to be encoded.
     """
     size = height_width(data.size)
-    pivot = height_width(data.pivot_size) if data.pivot_size else None
-    multi_scale = isinstance(tokenizer, MultiScaleVQ)
+    made: dict[str, Any]  # what depends on the tokenizer's kind
     if isinstance(tokenizer, MultiScaleVQ):
         _check_scales(tokenizer, size)
-        pivot = None
+        made = {"kind": "tokens", "scales": tokenizer.scales.sides(), "vocab_size": tokenizer.vocab_size}
     else:
+        pivot = height_width(data.pivot_size) if data.pivot_size else None
         _check_stride(tokenizer, [("size", size), ("pivot_size", pivot)])
+        made = {"kind": "moments", "pivot_size": pivot, "latent_scale": tokenizer.latent_scale or None}
+        made |= {"scales": [], "vocab_size": 0}
     if text and not source.captioned:
         raise UserError(
             f"the recipe's [text] needs captions, and {source.name} has none",
@@ -92,22 +94,18 @@ def settings_for(
     if limit:
         length = limit if length is None else min(limit, length)
     settings = CacheSettings(
-        kind="tokens" if multi_scale else "moments",
         source=source.name,
         length=length,
         class_names=source.class_names,
         tokenizer_hash=tokenizer.fingerprint(),
-        scales=tokenizer.scales.sides() if isinstance(tokenizer, MultiScaleVQ) else [],
-        vocab_size=tokenizer.vocab_size if isinstance(tokenizer, MultiScaleVQ) else 0,
-        latent_scale=None if isinstance(tokenizer, MultiScaleVQ) else tokenizer.latent_scale or None,
         size=size,
-        pivot_size=pivot,
         crop=data.crop,
         crops=data.crops,
         mirror=data.mirror,
         seed=seed,
         captions=data.captions if text else 0,
         text=text,
+        **made,
     )
     return replace(settings, shard_size=shard_size or _suited_shard(settings, tokenizer))
 
@@ -134,18 +132,22 @@ def _check_stride(tokenizer: KlAutoencoder, sizes: list[tuple[str, tuple[int, in
 
 def _suited_shard(settings: CacheSettings, tokenizer: Tokenizer) -> int:
     text = EMBEDDED if settings.text.startswith("clip") else 0
-    views = sum(2 * math.prod(shape) for shape in view_shapes(settings, tokenizer).values())
-    images, each = 4096, settings.views * views + settings.captions * text
+    images, each = 4096, settings.views * _view_bytes(settings, tokenizer) + settings.captions * text
     while images > 16 and images * each > SHARD_BYTES:
         images //= 2
     return images
 
 
+def _view_bytes(settings: CacheSettings, tokenizer: Tokenizer) -> int:
+    return sum(2 * math.prod(shape) for shape in view_shapes(settings, tokenizer).values())
+
+
 def earlier_scale(out: Path, fingerprint: str) -> float | None:
     """The latent scale of a cache that is in `out` already, if the same tokenizer made it."""
     before = read_json(out / "settings.json") if (out / "settings.json").is_file() else None
-    same = isinstance(before, dict) and before.get("tokenizer_hash") == fingerprint
-    return before.get("latent_scale") if isinstance(before, dict) and same else None
+    if not isinstance(before, dict) or before.get("tokenizer_hash") != fingerprint:
+        return None
+    return before.get("latent_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,9 +306,8 @@ def _plan(writer: CacheWriter, tokenizer: Tokenizer, state: Any) -> dict[str, An
     settings = writer.settings
     size = None
     if settings.length is not None and (not settings.text or settings.text.startswith("ids:")):
-        each = sum(2 * math.prod(shape) for shape in view_shapes(settings, tokenizer).values())
         ids = 2 * int(settings.text.removeprefix("ids:")) if settings.text else 0
-        size = settings.length * (settings.views * each + settings.captions * ids)
+        size = settings.length * (settings.views * _view_bytes(settings, tokenizer) + settings.captions * ids)
     return _description(settings, tokenizer) | {
         "out": str(writer.out),
         "source": settings.source,
