@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -343,16 +344,23 @@ def tokenizer_settings(imported: Imported, scales: tuple[int | tuple[int, int], 
         scales: sides of the scales, which no shape tells.
     """
     state = imported.state
-    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-    channels = state["encoder.conv_in.weight"].shape[0]
-    widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
     vocab_size, z_channels = state["quantizer.codebook.weight"].shape
     return Msvq(
-        channels=channels,
-        multipliers=tuple(w // channels for w in widths),
-        res_blocks=1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block.")),
+        **convolution_settings(state),
         z_channels=z_channels,
         vocab_size=vocab_size,
         scales=scales,
         phi_count=len({k.split(".")[2] for k in state if k.startswith("quantizer.phis.")}),
     )
+
+
+def convolution_settings(state: State) -> dict[str, Any]:
+    """Read what both kinds of tokenizers set of their encoder off its shapes: its channels, levels and blocks."""
+    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+    channels = state["encoder.conv_in.weight"].shape[0]
+    widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    return {
+        "channels": channels,
+        "multipliers": tuple(width // channels for width in widths),
+        "res_blocks": 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block.")),
+    }

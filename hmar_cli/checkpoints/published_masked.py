@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hmar_cli.checkpoints.published import Imported, require_known, require_present
+from hmar_cli.checkpoints.published import Imported, convolution_settings, require_known, require_present
 from hmar_cli.errors import UserError
 from hmar_cli.settings import Kl
 
@@ -197,15 +197,11 @@ def kl_settings(imported: Imported) -> Kl:
     Args:
         imported: of format "kl".
     """
-    state = imported.state
-    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
-    channels = state["encoder.conv_in.weight"].shape[0]
-    widths = [state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
+    state, convolutions = imported.state, convolution_settings(imported.state)
+    last = len(convolutions["multipliers"]) - 1
     return Kl(
-        channels=channels,
-        multipliers=tuple(width // channels for width in widths),
-        res_blocks=1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down.0.block.")),
+        **convolutions,
         z_channels=state["post_quant_conv.weight"].shape[0],
-        attention=f"encoder.down.{levels - 1}.attn.0.qkv.weight" in state,
+        attention=f"encoder.down.{last}.attn.0.qkv.weight" in state,
         latent_scale=KL16_SCALE,
     )
