@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "sampling": {"models", "tokenizers", "report"},
     "evaluation": {"models", "tokenizers", "data"},
     "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},
+    "imports.py": {"builders", "checkpoints", "models", "recipe", "settings"},
     "previews.py": {"models", "tokenizers", "data", "training", "sampling", "builders", "report", "settings"},
 }
 OUTSIDE = {

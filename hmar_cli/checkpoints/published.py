@@ -24,15 +24,6 @@ from hmar_cli.settings import MaskedObjective, Msvq, NextScale, NextScaleObjecti
 
 State = dict[str, Tensor]
 
-LICENCES = {
-    "var": "MIT (FoundationVision/VAR)",
-    "msvq": "MIT (FoundationVision/VAR)",
-    "hmar": "NVIDIA source code licence, non-commercial (NVlabs/HMAR)",
-    "kl": "MIT (LTH14/mar)",
-    "mar": "MIT (LTH14/mar)",
-    "himar": "none stated (HiDream-ai/himar): ask its authors before you share or use them",
-}
-
 BROKEN = (
     RuntimeError,
     ValueError,

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
+from hmar_cli.commands.checkpoint import FormatName
 from hmar_cli.files import file_sha256
+from hmar_cli.imports import FORMATS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"
 NAMES = {"var": "var-a", "next-scale": "hmar-nsp-a", "masked": "hmar-mp-a", "merged": "hmar-full-a"}
@@ -19,6 +21,10 @@ NAMES = {"var": "var-a", "next-scale": "hmar-nsp-a", "masked": "hmar-mp-a", "mer
 
 def hmar(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_flag_offers_every_format() -> None:
+    assert set(get_args(FormatName)) == set(FORMATS)
 
 
 @pytest.fixture(scope="module")
