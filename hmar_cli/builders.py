@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hmar_cli.checkpoints.store import Checkpoint, find_checkpoint, open_checkpoint
 from hmar_cli.errors import UserError
 from hmar_cli.models.classifier import ImageClassifier
+from hmar_cli.models.heads import DiffusionHead, MlpHead, TransformerHead
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
@@ -16,6 +17,7 @@ from hmar_cli.settings import (
     Classifier,
     ClassifierObjective,
     ClipText,
+    Grid,
     JointText,
     Kl,
     KlObjective,
@@ -127,6 +129,8 @@ def _masked_model(recipe: Recipe, model: MaskedAr) -> MaskedTransformer:
     elif isinstance(recipe.text, ClipText):
         context, width = tower_size(recipe.text.tower)
     return MaskedTransformer(
+        pivot_head=_head(recipe, model, "pivot", recipe.pivot_grid) if model.pivots != "none" else None,
+        dense_head=_head(recipe, model, "dense", recipe.grid),
         grid=recipe.grid,
         pivot_grid=recipe.pivot_grid,
         channels=recipe.tokenizer.z_channels,
@@ -134,7 +138,7 @@ def _masked_model(recipe: Recipe, model: MaskedAr) -> MaskedTransformer:
         num_classes=model.num_classes,
         text_width=width,
         text=text,
-        context=context,
+        context_length=context,
         encoder_depth=model.encoder_depth,
         decoder_depth=model.decoder_depth,
         width=model.width,
@@ -142,18 +146,20 @@ def _masked_model(recipe: Recipe, model: MaskedAr) -> MaskedTransformer:
         mlp_ratio=model.mlp_ratio,
         dropout=model.dropout,
         scale_vector=model.scale_vector,
-        pivot_head=(
-            model.pivot_head,
-            model.pivot_head_depth,
-            model.pivot_head_width,
-            model.pivot_head_heads,
-        ),
-        dense_head=(
-            model.dense_head,
-            model.dense_head_depth,
-            model.dense_head_width,
-            model.dense_head_heads,
-        ),
+    )
+
+
+def _head(recipe: Recipe, model: MaskedAr, phase: str, grid: Grid | None) -> DiffusionHead:
+    """The diffusion head of a phase, "pivot" or "dense"."""
+    kind, depth, width, heads = (
+        getattr(model, f"{phase}_head{part}") for part in ("", "_depth", "_width", "_heads")
+    )
+    channels = recipe.tokenizer.z_channels
+    if kind == "mlp":
+        return MlpHead(channels=channels, cond_width=model.width, depth=depth, width=width)
+    assert grid is not None
+    return TransformerHead(
+        channels=channels, cond_width=model.width, depth=depth, width=width, heads=heads, grid=grid
     )
 
 
@@ -177,7 +183,7 @@ def build_objective(
         return KlTraining(tokenizer, settings)
     if isinstance(settings, MaskedArObjective):
         assert isinstance(model, MaskedTransformer) and isinstance(tokenizer, KlAutoencoder)
-        return MaskedArTraining(model, latent_scale=tokenizer.latent_scale, **chosen)
+        return MaskedArTraining(model, settings, tokenizer.latent_scale)
     if isinstance(settings, ClassifierObjective):
         assert isinstance(tokenizer, ImageClassifier)
         return ClassifierTraining(tokenizer, **chosen)
@@ -247,6 +253,14 @@ def load_model(
             f"the model was trained on tokenizer {checkpoint.tokenizer_hash}, this one is {codec.fingerprint()}",
             "pass the tokenizer that the model was trained on",
         )
+    if isinstance(codec, KlAutoencoder):
+        assert isinstance(checkpoint.recipe.tokenizer, Kl)
+        codec.latent_scale = checkpoint.recipe.tokenizer.latent_scale or codec.latent_scale
+        if not codec.latent_scale:
+            raise UserError(
+                f"nobody measured the latent scale of {tokenizer or checkpoint.folder}",
+                "pass the tokenizer of the cache that the model was trained on: --tokenizer CACHE",
+            )
     _require_fit(model, codec)
     return model.eval(), codec, checkpoint
 

@@ -1,6 +1,6 @@
 """Pictures that a training run shows now and then: reconstructions of a tokenizer, samples of a model."""
 
-from dataclasses import fields
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,8 @@ from hmar_cli.data.transforms import image_transform, to_tensor
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.report import image_grid, to_uint8
-from hmar_cli.sampling import masked, next_scale
+from hmar_cli.sampling.masked import sample_masked
+from hmar_cli.sampling.next_scale import sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import MaskedArSample, NextScaleSample, Recipe
 from hmar_cli.tokenizers.kl import KlAutoencoder
@@ -59,17 +60,21 @@ def sample_preview(recipe: Recipe, tokenizer: Tokenizer, cache: Cache) -> Previe
         if isinstance(model, NextScaleTransformer):
             assert isinstance(decoder, MultiScaleVQ) and isinstance(recipe.sample, NextScaleSample)
             columns = min(model.num_classes, 8)
-            chosen = sampler_settings(recipe.sample, refines=model.masked is not None)
-            assert isinstance(chosen, next_scale.Settings)
+            chosen = recipe.sample if model.masked is not None else replace(recipe.sample, schedule=())
             labels = torch.arange(IMAGES, device=device) % columns
-            _, features = next_scale.sample_next_scale(model, decoder.quantizer, labels, chosen, noise)
+            _, features = sample_next_scale(model, decoder.quantizer, labels, chosen, noise)
             return image_grid(decoder.decode(features), columns=columns)
         assert isinstance(model, MaskedTransformer) and isinstance(decoder, KlAutoencoder)
         assert isinstance(recipe.sample, MaskedArSample)
-        steps = {"head_sampler": "dpm++", "head_steps": HEAD_STEPS, "pivot_head_steps": HEAD_STEPS}
-        settings = masked.Settings(**_chosen(recipe.sample) | steps | {"temperature": 1.0})  # type: ignore[arg-type]
+        settings = replace(
+            recipe.sample,
+            head_sampler="dpm++",
+            head_steps=HEAD_STEPS,
+            pivot_head_steps=HEAD_STEPS,
+            temperature=1.0,
+        )
         condition, columns = _conditions(model, cache)
-        sampled = masked.sample_masked(model, condition.to(device), settings, noise)
+        sampled = sample_masked(model, condition.to(device), settings, noise)
         return image_grid(decoder.decode_latents(sampled.latents), columns=columns)
 
     return draw
@@ -83,17 +88,3 @@ def _conditions(model: MaskedTransformer, cache: Cache) -> tuple[Tensor, int]:
     rows = np.arange(IMAGES) % min(len(cache), 8)
     text = torch.from_numpy(cache.fetch("text", rows, np.zeros_like(rows)))
     return text.float() if text.is_floating_point() else text.long(), min(len(cache), 8)
-
-
-def _chosen(settings: NextScaleSample | MaskedArSample) -> dict[str, object]:
-    return {each.name: getattr(settings, each.name) for each in fields(settings) if each.name != "batch_size"}
-
-
-def sampler_settings(
-    settings: NextScaleSample | MaskedArSample, refines: bool = False
-) -> next_scale.Settings | masked.Settings:
-    """What a recipe says of sampling, as its sampler takes it; only a masked branch refines."""
-    chosen = _chosen(settings)
-    if isinstance(settings, MaskedArSample):
-        return masked.Settings(**chosen)  # type: ignore[arg-type]
-    return next_scale.Settings(**chosen | ({} if refines else {"schedule": ()}))  # type: ignore[arg-type]

@@ -464,10 +464,12 @@ def adopt_cache(recipe: Recipe, cache: Cache) -> Recipe:
     model = replace(recipe.model, num_classes=len(manifest.class_names))
     adopted = replace(recipe, data=data, tokenizer=tokenizer, model=model)
     theirs, ours = _what_cache_holds(adopted, manifest.text), _what_cache_holds(recipe, _text_of(recipe))
-    if ours.get("pivots") == "none":  # MAR may train on a cache with pivots, and without captions
-        theirs["pivots"] = "none"
-    different = [f"{name}: {theirs.get(name)} in the cache, {ours[name]} in the recipe" for name in ours]
-    different = [line for line, name in zip(different, ours, strict=True) if theirs.get(name) != ours[name]]
+    names = ["contents"] if theirs["contents"] != ours["contents"] else ours
+    different = [
+        f"{name}: {theirs[name]} in the cache, {ours[name]} in the recipe"
+        for name in names
+        if theirs[name] != ours[name]
+    ]
     if different:
         raise UserError(
             f"the cache {cache.path} does not fit recipe '{recipe.name}'",
@@ -481,10 +483,15 @@ def _what_cache_holds(recipe: Recipe, text: str) -> dict[str, str]:
     """What model and cache must agree on."""
     tokenizer = recipe.tokenizer
     if isinstance(tokenizer, Msvq):
-        return {"scales": str(recipe.scales.sides()), "codes": str(tokenizer.vocab_size)}
-    assert isinstance(recipe.model, MaskedAr)
-    pivots = recipe.pivot_grid if recipe.model.pivots != "none" else None
+        return {
+            "contents": "tokens",
+            "scales": str(recipe.scales.sides()),
+            "codes": str(tokenizer.vocab_size),
+        }
+    guided = isinstance(recipe.model, MaskedAr) and recipe.model.pivots != "none"
+    pivots = recipe.pivot_grid if guided else None
     return {
+        "contents": "latents",
         "tokens": grid_name(recipe.grid),
         "pivots": grid_name(pivots) if pivots else "none",
         "latent channels": str(tokenizer.z_channels),

@@ -14,6 +14,7 @@ from hmar_cli.models.scales import Scales, Side, check_schedule
 Grid = tuple[int, int]
 """Rows and columns."""
 Masking = Literal["truncated-normal", "cosine", "beta"]
+CfgSchedule = Literal["linear", "constant"]
 Weighting = Literal["none", "equal", "linear", "sqrt", "exp-decay", "lognormal"]
 
 
@@ -155,7 +156,7 @@ class ClipText:
 
     kind: ClassVar[str] = "clip"
     tower: str = "ViT-L-14"  # a name of open_clip
-    weights: str = "openai"  # a tag of open_clip (downloaded), or a local file
+    weights: str = "openai"  # a tag of open_clip (downloaded), or a local file: safetensors or a state dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +230,10 @@ class MaskedArObjective:
     pivot_masking: Masking = "truncated-normal"  # law of the share of masked tokens in phase 1
     dense_masking: Masking = "cosine"  # in phase 2, or of MAR
     repeats: Count = 4  # noise levels that each token is learned at in one step
-    variational: bool = True  # train the variance of MLP heads too, as released; the paper's eq. 1 has it not
+    variational: bool = (
+        True  # train the variance of MLP heads too, as released; the paper's eq. 1 has it not, and
+    )
+    # "ddpm" then draws with the geometric mean of the posterior's variance and beta
     pivot_weight: Amount = 0.4  # of the phase's loss; released: 2 * 64 / 320
     dense_weight: Amount = 0.6  # released: 0.75 * 256 / 320
     pivot_keep: Share = 0.25  # share of images whose pivots guide phase 2 in training, in the end
@@ -302,8 +306,11 @@ class MaskedArSample:
     pivot_steps: Count = 32  # of phase 1
     cfg: Amount = 2.5  # guidance of phase 2, or of MAR; 1 is none
     pivot_cfg: Amount = 2.7  # guidance of phase 1
-    cfg_schedule: Literal["linear", "constant"] = "linear"  # linear grows with the share of known tokens
-    pivot_cfg_schedule: Literal["linear", "constant"] = "linear"
+    cfg_schedule: CfgSchedule = "linear"  # linear grows with the share of known tokens
+    pivot_cfg_schedule: CfgSchedule = "linear"
+    impose_known: bool = (
+        True  # show a transformer head the known tokens, noised, as released; not in the paper
+    )
     temperature: Amount = 1.0  # of the noise in "ddpm"
     head_sampler: Literal["ddpm", "ddim", "dpm++"] = "ddpm"
     head_steps: Annotated[int, Within(1, 1000)] = 250  # diffusion steps of the dense head

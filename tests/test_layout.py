@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "checkpoints": {"recipe", "settings"},
     "data": {"models", "tokenizers", "settings"},
     "training": {"models", "tokenizers", "data", "checkpoints", "recipe", "settings"},
-    "sampling": {"models", "tokenizers", "report"},
+    "sampling": {"models", "tokenizers", "report", "settings"},
     "evaluation": {"models", "tokenizers", "data"},
     "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},
     "imports.py": {"builders", "checkpoints", "models", "recipe", "settings"},

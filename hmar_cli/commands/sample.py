@@ -1,5 +1,6 @@
 """`hmar sample`: draw images from a checkpoint."""
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +12,7 @@ from hmar_cli.errors import UserError
 if TYPE_CHECKING:
     from hmar_cli.checkpoints.store import Checkpoint
     from hmar_cli.models.scales import Scales, Schedule
-    from hmar_cli.settings import MaskedArSample, NextScaleSample
+    from hmar_cli.settings import ClipText, JointText, MaskedArSample, NextScaleSample
 
 EXAMPLES = """
 Draw images of chosen classes or prompts from a checkpoint.
@@ -33,8 +34,8 @@ not given is the recipe's.
 - `hmar sample --checkpoint runs/himar-emoji --prompt-file prompts.txt`
 """
 
-FAST_STEPS = 20
-"""Steps of "ddim" and "dpm++" where none are given; recipes count those of "ddpm"."""
+FAST_STEPS, SLOW_STEPS = (20, 20), (250, 100)
+"""Steps of the dense and the pivot head with "ddim" or "dpm++", and with "ddpm", where the recipe has the other."""
 
 WIDEST = 16
 """Most labels that get a column each in the grid; with one label, or more than these, the grid is square."""
@@ -107,8 +108,8 @@ def parse_schedule(text: str, default: "Schedule", scales: "Scales") -> "Schedul
         ) from error
 
 
-OfNextScale = "VAR, HMAR"
-OfMasked = "MAR, Hi-MAR"
+NEXT_SCALE_PANEL = "VAR, HMAR"
+MASKED_PANEL = "MAR, Hi-MAR"
 
 
 def sample(
@@ -121,6 +122,10 @@ def sample(
         list[str] | None, typer.Option(help="Text of an image, for text models; may be repeated.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="File with a prompt on every line.")] = None,
+    text_weights: Annotated[
+        Path | None,
+        typer.Option(help="File of CLIP's weights, where the recipe's tag or file is not at hand."),
+    ] = None,
     count: Annotated[int, typer.Option(min=0, help="Images in all; 0 is one a label or prompt.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
     cfg: Annotated[
@@ -130,63 +135,69 @@ def sample(
         ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=0, rich_help_panel=OfNextScale, help="Candidates kept, 0 all.")
+        int | None, typer.Option(min=0, rich_help_panel=NEXT_SCALE_PANEL, help="Candidates kept, 0 all.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0, max=1, rich_help_panel=OfNextScale, help="Mass kept, 0 all.")
+        float | None, typer.Option(min=0, max=1, rich_help_panel=NEXT_SCALE_PANEL, help="Mass kept, 0 all.")
     ] = None,
     schedule: Annotated[
         str,
         typer.Option(
-            rich_help_panel=OfNextScale,
+            rich_help_panel=NEXT_SCALE_PANEL,
             help="Refinement: recipe, none, single, passes per scale (1,2,4,1), or JSON.",
         ),
     ] = "recipe",
     refine_cfg: Annotated[
-        float | None, typer.Option(min=0, rich_help_panel=OfNextScale, help="Guidance in refinement.")
+        float | None, typer.Option(min=0, rich_help_panel=NEXT_SCALE_PANEL, help="Guidance in refinement.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=OfMasked, help="Steps of phase 2, or of MAR.")
+        int | None, typer.Option(min=1, rich_help_panel=MASKED_PANEL, help="Steps of phase 2, or of MAR.")
     ] = None,
     pivot_steps: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=OfMasked, help="Steps of phase 1.")
+        int | None, typer.Option(min=1, rich_help_panel=MASKED_PANEL, help="Steps of phase 1.")
     ] = None,
     pivot_cfg: Annotated[
-        float | None, typer.Option(min=0, rich_help_panel=OfMasked, help="Guidance of phase 1; 1 is none.")
+        float | None,
+        typer.Option(min=0, rich_help_panel=MASKED_PANEL, help="Guidance of phase 1; 1 is none."),
     ] = None,
     cfg_schedule: Annotated[
         Literal["linear", "constant"] | None,
-        typer.Option(rich_help_panel=OfMasked, help="How guidance grows with the share of known tokens."),
+        typer.Option(rich_help_panel=MASKED_PANEL, help="How guidance grows with the share of known tokens."),
     ] = None,
     pivot_cfg_schedule: Annotated[
         Literal["linear", "constant"] | None,
-        typer.Option(rich_help_panel=OfMasked, help="The same in phase 1."),
+        typer.Option(rich_help_panel=MASKED_PANEL, help="The same in phase 1."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, rich_help_panel=OfMasked, help="Factor of ddpm's noise.")
+        float | None, typer.Option(min=0, rich_help_panel=MASKED_PANEL, help="Factor of ddpm's noise.")
     ] = None,
     head_sampler: Annotated[
         Literal["ddpm", "ddim", "dpm++"] | None,
-        typer.Option(rich_help_panel=OfMasked, help="Diffusion sampler of the heads."),
+        typer.Option(rich_help_panel=MASKED_PANEL, help="Diffusion sampler of the heads."),
     ] = None,
     head_steps: Annotated[
         int | None,
         typer.Option(
-            min=1, max=1000, rich_help_panel=OfMasked, help="Its steps. [default: 20 with ddim and dpm++]"
+            min=1,
+            max=1000,
+            rich_help_panel=MASKED_PANEL,
+            help="Its steps. [default: the recipe's; 20 where that has ddpm]",
         ),
     ] = None,
     pivot_head_steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, rich_help_panel=OfMasked, help="The same in phase 1.")
+        int | None, typer.Option(min=1, max=1000, rich_help_panel=MASKED_PANEL, help="The same in phase 1.")
     ] = None,
     pivots: Annotated[
         bool,
-        typer.Option("--pivots", rich_help_panel=OfMasked, help="Also write Hi-MAR's low-resolution images."),
+        typer.Option(
+            "--pivots", rich_help_panel=MASKED_PANEL, help="Also write Hi-MAR's low-resolution images."
+        ),
     ] = False,
     compile: Annotated[
         bool,
         typer.Option(
             "--compile",
-            rich_help_panel=OfMasked,
+            rich_help_panel=MASKED_PANEL,
             help="Compile the heads (GPU): pays from a few hundred images on.",
         ),
     ] = False,
@@ -229,29 +240,31 @@ def sample(
     model_settings = source.recipe.model
     if pivots and getattr(model_settings, "pivots", "none") == "none":
         raise UserError(f"{source.folder} has no pivots to write", "leave out --pivots")
+    if compile and source.recipe.sample.kind != "masked-ar":
+        raise UserError("--compile is for the heads of MAR and Hi-MAR", "leave it out")
     prompts = read_prompts(prompt or [], prompt_file)
     check_condition(source, labels, prompts)
+    text = text_settings(source, text_weights)
     classes = [] if prompts else parse_labels(labels, source.class_names)
     if not dry_run:
         delegate(launch, device)
     from hmar_cli.builders import load_model
     from hmar_cli.console import console
     from hmar_cli.models.masked import MaskedTransformer
-    from hmar_cli.previews import sampler_settings
     from hmar_cli.sampling.images import Conditions, Job, Keep, Labels, Prompts, draw_images
     from hmar_cli.sampling.masked import compile_heads
 
     model, codec, _ = load_model(checkpoint, weights, tokenizer)
     conditions: Conditions = Labels(tuple(classes))
-    if source.recipe.text is not None:
-        import torch
-
+    if text is not None:
         from hmar_cli.data.captions import caption_encoder
 
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        conditions = Prompts(tuple(prompts), caption_encoder(source.recipe.text, place))
+        encoder = functools.cache(
+            functools.partial(caption_encoder, text)
+        )  # made once, on this process's device
+        conditions = Prompts(tuple(prompts), encoder)
     job = Job(
-        settings=sampler_settings(resolved, refines=True),
+        settings=resolved,
         conditions=conditions,
         count=count or len(prompts) or len(classes),
         seed=seed,
@@ -268,7 +281,8 @@ def sample(
     if not dry_run:
         width = columns or (len(classes) if 1 < len(classes) <= WIDEST else 0)
         keep = Keep(columns=width, npz=npz, pivots=pivots)
-        if compile and isinstance(model, MaskedTransformer):
+        if compile:
+            assert isinstance(model, MaskedTransformer)
             compile_heads(model)
         summary = draw_images(model, codec, job, out, device, about, keep)
         if summary is None:  # not the process that reports
@@ -297,6 +311,24 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     if not found:
         raise UserError(f"{file} holds no prompt", "write one on every line")
     return [*prompts, *found]
+
+
+def text_settings(checkpoint: "Checkpoint", weights: Path | None) -> "ClipText | JointText | None":
+    """What reads the prompts, a frozen tower from the file that was given.
+
+    Raises:
+        UserError: a file for a model that has no such tower.
+    """
+    from dataclasses import replace
+
+    from hmar_cli.settings import ClipText
+
+    text = checkpoint.recipe.text
+    if weights is None:
+        return text
+    if not isinstance(text, ClipText):
+        raise UserError(f"{checkpoint.folder} reads no text through CLIP", "leave out --text-weights")
+    return replace(text, weights=str(weights))
 
 
 def check_condition(checkpoint: "Checkpoint", labels: str, prompts: list[str]) -> None:
@@ -339,9 +371,10 @@ def resolve(checkpoint: "Checkpoint", given: dict[str, Any]) -> "NextScaleSample
         )
     if isinstance(settings, NextScaleSample):
         return _resolve_next_scale(checkpoint, settings, given)
-    if given.get("head_sampler", settings.head_sampler) != "ddpm" and settings.head_sampler == "ddpm":
-        given = {"head_steps": FAST_STEPS, "pivot_head_steps": FAST_STEPS, **given}
-        given.setdefault("temperature", 1.0)
+    sampler = given.get("head_sampler", settings.head_sampler)
+    if (sampler == "ddpm") != (settings.head_sampler == "ddpm"):  # the recipe's steps are not for this one
+        steps = SLOW_STEPS if sampler == "ddpm" else FAST_STEPS
+        given = {"head_steps": steps[0], "pivot_head_steps": steps[1], "temperature": 1.0, **given}
     chosen = replace(settings, **given)
     if problems := impossible_combinations(replace(recipe, sample=chosen)):
         raise UserError("these flags cannot be followed", "see `hmar sample --help`", problems)

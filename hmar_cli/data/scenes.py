@@ -49,7 +49,7 @@ SIDESTEP = 0.1
 TURN = 0.16
 """Most that a shape is turned, in radians."""
 HELD_OUT = 10
-"""One pair of objects in so many is in the test split alone."""
+"""One arrangement of two objects in so many is in the test split alone; its objects come in others."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def open_source(spec: str, *, size: Side | None = None) -> ImageSource:
         spec: SOURCE or SOURCE?key=value&key=value. Keys of tables: split, image, label, caption (names of
             columns; `label=none` ignores labels), config, streaming=true, classes (names by comma, or a
             number, where a stream does not tell). Keys of `coco:`: images. Keys of
-            `builtin:`: count, seed, and of scenes split (all, train or test: other pairs of objects).
+            `builtin:`: count, seed, and of scenes split (all, train or test: other arrangements).
         size: size at which pictures are drawn, 64 by default; other sources ignore it.
 
     Raises:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 STEPS = 1000
 """Timesteps of the training process."""
+LOWEST = -5.1
+"""Half the logarithm of signal over noise that deterministic samplers start from."""
 
 Predict = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 """A head: the state x [..., C] and an original timestep to the noise [..., C] and, where the variance is learned,
@@ -27,9 +29,9 @@ Impose = Callable[[Tensor, float], Tensor]
 Method = Literal["ddpm", "ddim", "dpm++"]
 
 
-def cosine_betas(steps: int = STEPS) -> Tensor:
+def cosine_betas() -> Tensor:
     """Variances of the cosine schedule, float64 (Nichol and Dhariwal 2021, eq. 17)."""
-    ends = torch.arange(steps + 1, dtype=torch.float64) / steps
+    ends = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
     signal = torch.cos((ends + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
 
@@ -40,8 +42,7 @@ def evenly_spaced(count: int) -> list[int]:
     Raises:
         ValueError: a count outside 1 to 1000.
     """
-    if not 1 <= count <= STEPS:
-        raise ValueError(f"expected 1 to {STEPS} diffusion steps, got {count}")
+    _require_count(count)
     stride = (STEPS - 1) / (count - 1) if count > 1 else 1.0
     place, chosen = 0.0, []
     for _ in range(count):  # added up as the published code does, which the rounding of halves depends on
@@ -50,44 +51,49 @@ def evenly_spaced(count: int) -> list[int]:
     return chosen
 
 
-def evenly_resolved(count: int, lowest: float = -5.1) -> list[int]:
+def evenly_resolved(count: int) -> list[int]:
     """Choose `count` timesteps at even distances of log(signal / noise), for the deterministic samplers.
 
     The cosine schedule ends in pure noise, where the predicted noise says nothing of the signal; the ratio is
-    cut off at `lowest` (as DPM-Solver's authors advise for this schedule).
+    cut off at `LOWEST` (as DPM-Solver's authors advise for this schedule).
 
     Raises:
         ValueError: a count outside 1 to 1000.
     """
-    if not 1 <= count <= STEPS:
-        raise ValueError(f"expected 1 to {STEPS} diffusion steps, got {count}")
+    _require_count(count)
     signal = (1 - cosine_betas()).cumprod(0)
     ratio = 0.5 * (signal.log() - (1 - signal).log())  # falls with the timestep
-    usable = int((ratio >= lowest).sum()) if count < STEPS else STEPS
-    wanted = torch.linspace(float(ratio[0]), float(ratio[usable - 1]), count, dtype=torch.float64)
+    usable = max(count, int((ratio >= LOWEST).sum()))
     if count == 1:
         return [usable - 1]
+    wanted = torch.linspace(float(ratio[0]), float(ratio[usable - 1]), count, dtype=torch.float64)
     chosen = torch.searchsorted(-ratio, -wanted).tolist()
-    for i in range(count):  # no timestep twice: push collisions up, then back below the end
-        chosen[i] = max(chosen[i], chosen[i - 1] + 1 if i else 0)
-    for i in reversed(range(count)):
-        chosen[i] = min(chosen[i], max(usable, count) - count + i)
-    return chosen
+    for i in range(1, count):  # no timestep twice: push collisions up, then back below the end
+        chosen[i] = max(chosen[i], chosen[i - 1] + 1)
+    return [min(t, usable - count + i) for i, t in enumerate(chosen)]
+
+
+def _require_count(count: int) -> None:
+    if not 1 <= count <= STEPS:
+        raise ValueError(f"expected 1 to {STEPS} diffusion steps, got {count}")
 
 
 class Diffusion(nn.Module):
-    """The coefficients of a diffusion process.
+    """The coefficients of a diffusion process: float32 buffers for training, float64 numbers for the samplers.
 
     Args:
         timesteps: the original timesteps that are kept, ascending; by default all 1000. The variances between
             them follow from the kept alpha_bar.
+
+    Attributes:
+        host: all coefficients as lists of T numbers.
     """
 
     alphas_cumprod: Tensor
     log_betas: Tensor
-    posterior_log_variance: Tensor
-    mean_of_start: Tensor
-    mean_of_state: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
 
     def __init__(self, timesteps: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -96,26 +102,26 @@ class Diffusion(nn.Module):
         previous = torch.cat([a.new_ones(1), a[:-1]])
         betas = 1 - a / previous
         variance = betas * (1 - previous) / (1 - a)
-        floor = variance[min(1, len(a) - 1)]  # the first is 0, whose logarithm is not finite
+        floor = variance[min(1, len(a) - 1), None]  # the first is 0, whose logarithm is not finite
         tables = {
             "alphas_cumprod": a,
             "log_betas": betas.log(),
-            "posterior_log_variance": torch.cat([floor[None], variance[1:]]).log(),
-            "mean_of_start": betas * previous.sqrt() / (1 - a),
-            "mean_of_state": (1 - previous) * (1 - betas).sqrt() / (1 - a),
+            "posterior_log_variance_clipped": torch.cat([floor, variance[1:]]).log(),
+            "posterior_mean_coef1": betas * previous.sqrt() / (1 - a),
+            "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - a),
+            "fixed_log_variance": torch.cat([floor, betas[1:]]).log(),
         }
-        self.host = {name: table.tolist() for name, table in tables.items()}
-        self.host["fixed_log_variance"] = torch.cat([floor[None], betas[1:]]).log().tolist()
+        self.host: dict[str, list[float]] = {name: table.tolist() for name, table in tables.items()}
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)  # [T]
 
-    def noised(self, start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def q_sample(self, start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Diffuse `start` [..., C] to timestep indices t, of leading dimensions of `start`, by `noise` [..., C]."""
         a = _spread(self.alphas_cumprod[t], start)
         return a.sqrt() * start + (1 - a).sqrt() * noise
 
-    def variational(self, noise: Tensor, value: Tensor, start: Tensor, state: Tensor, t: Tensor) -> Tensor:
-        """The variational bound's term that trains the learned variance, in bits per number (MAR, as released).
+    def vlb_terms(self, noise: Tensor, value: Tensor, start: Tensor, state: Tensor, t: Tensor) -> Tensor:
+        """Terms of the variational bound that train the learned variance, in bits per dimension (MAR, as released).
 
         For t > 0 the divergence between the true posterior and the predicted one, for t = 0 the likelihood of
         `start` in bins of width 2 / 255.
@@ -130,10 +136,13 @@ class Diffusion(nn.Module):
         Returns:
             Terms [...], averaged over channels.
         """
-        log_variance = self.log_variance(value, t)
-        true_log_variance = _spread(self.posterior_log_variance[t], start)
-        mean = self._posterior_mean(self._start(noise.detach(), state, t), state, t)
-        true_mean = self._posterior_mean(start, state, t)
+        a = _spread(self.alphas_cumprod[t], start)
+        predicted = (state - (1 - a).sqrt() * noise.detach()) / a.sqrt()
+        coef1, coef2 = (_spread(c[t], start) for c in (self.posterior_mean_coef1, self.posterior_mean_coef2))
+        mean, true_mean = coef1 * predicted + coef2 * state, coef1 * start + coef2 * state
+        true_log_variance = _spread(self.posterior_log_variance_clipped[t], start)
+        share = (value + 1) / 2
+        log_variance = share * _spread(self.log_betas[t], start) + (1 - share) * true_log_variance
         divergence = 0.5 * (
             log_variance
             - true_log_variance
@@ -144,19 +153,6 @@ class Diffusion(nn.Module):
         likelihood = -_binned_log_likelihood(start, mean, 0.5 * log_variance)
         terms = torch.where(_spread(t, start) == 0, likelihood, divergence)
         return terms.mean(dim=-1) / math.log(2)
-
-    def log_variance(self, value: Tensor, t: Tensor) -> Tensor:
-        """Learned log-variance [..., C] of the raw value at indices t: between the posterior's and beta's."""
-        high, low = _spread(self.log_betas[t], value), _spread(self.posterior_log_variance[t], value)
-        share = (value + 1) / 2
-        return share * high + (1 - share) * low
-
-    def _start(self, noise: Tensor, state: Tensor, t: Tensor) -> Tensor:
-        a = _spread(self.alphas_cumprod[t], state)
-        return (state - (1 - a).sqrt() * noise) / a.sqrt()
-
-    def _posterior_mean(self, start: Tensor, state: Tensor, t: Tensor) -> Tensor:
-        return _spread(self.mean_of_start[t], start) * start + _spread(self.mean_of_state[t], start) * state
 
 
 def _spread(values: Tensor, like: Tensor) -> Tensor:
@@ -198,24 +194,24 @@ def ancestral(
         predict: the head.
         x: initial noise [..., C].
         process: the process.
-        noise: normal numbers of the n-th step, n from 0, [..., C]; not asked for the last one.
+        noise: normal numbers of the n-th step, n from 1, [..., C]; not asked for the last one.
         temperature: factor of those numbers.
         impose: applied before each step.
     """
     host = process.host
-    for n, i in enumerate(reversed(range(len(process.timesteps)))):
+    for n, i in enumerate(reversed(range(len(process.timesteps))), start=1):
         a = host["alphas_cumprod"][i]
         if impose is not None:
             x = impose(x, a)
         predicted, value = predict(x, process.timesteps[i])
         start = (x - math.sqrt(1 - a) * predicted) / math.sqrt(a)
-        x = host["mean_of_start"][i] * start + host["mean_of_state"][i] * x
+        x = host["posterior_mean_coef1"][i] * start + host["posterior_mean_coef2"][i] * x
         if i == 0:
             break
         if value is None:
             deviation: float | Tensor = math.exp(0.5 * host["fixed_log_variance"][i])
         else:
-            high, low = host["log_betas"][i], host["posterior_log_variance"][i]
+            high, low = host["log_betas"][i], host["posterior_log_variance_clipped"][i]
             deviation = (0.5 * (low + (value + 1) / 2 * (high - low))).exp()
         x = x + deviation * temperature * noise(n)
     return x

@@ -6,13 +6,11 @@ Both map a noised token grid, timesteps and conditional tokens to the predicted 
 Letters: B batch, n tokens, C latent channels, D width of the conditional tokens, W width of the head.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hmar_cli.models.layers import FeedForward, SelfAttention
+from hmar_cli.models.layers import FeedForward, SelfAttention, sinusoid
 
 
 def sincos_table(rows: int, columns: int, width: int) -> Tensor:
@@ -49,11 +47,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Map timesteps [...] on the scale 0 to 999 to [..., W]."""
-        half = self.FEATURES // 2
-        frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
-        angles = t[..., None].float() * frequencies
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)  # [..., 256]
-        return self.fc2(F.silu(self.fc1(features)))  # type: ignore[no-any-return]
+        return self.fc2(F.silu(self.fc1(sinusoid(t, self.FEATURES))))  # type: ignore[no-any-return]
 
 
 def modulation(width: int, vectors: int) -> nn.Linear:
@@ -98,7 +92,7 @@ class TransformerBlock(nn.Module):
         return x + gate2 * self.feed_forward(self.norm(x) * (1 + scale2) + shift2)  # type: ignore[no-any-return]
 
 
-class _Head(nn.Module):
+class DiffusionHead(nn.Module):
     """What both heads share: embeddings in front of the blocks, a modulated projection behind them.
 
     Args:
@@ -109,15 +103,14 @@ class _Head(nn.Module):
         blocks: what lies between.
     """
 
-    learned_variance: bool
-    global_context: bool
+    learned_variance: bool  # whether the variance is predicted too
+    global_context: bool  # whether a token sees the others
     graphed = False  # whether calls replay CUDA graphs
 
     def __init__(
         self, channels: int, cond_width: int, width: int, out_channels: int, blocks: list[nn.Module]
     ) -> None:
         super().__init__()
-        self.channels = channels
         self.input = nn.Linear(channels, width)
         self.condition = nn.Linear(cond_width, width)
         self.time_embed = TimeEmbedding(width)
@@ -161,7 +154,7 @@ class _Head(nn.Module):
         return noise, value
 
 
-class MlpHead(_Head):
+class MlpHead(DiffusionHead):
     """A small MLP for each token by itself, which also predicts the variance.
 
     Args:
@@ -177,7 +170,7 @@ class MlpHead(_Head):
         super().__init__(channels, cond_width, width, 2 * channels, [MlpBlock(width) for _ in range(depth)])
 
 
-class TransformerHead(_Head):
+class TransformerHead(DiffusionHead):
     """A diffusion transformer over all tokens of an image, known and unknown; its variance is fixed.
 
     Args:

@@ -129,6 +129,14 @@ class ScaleAttention(nn.Module):
         return self.proj(out.flatten(2))  # type: ignore[no-any-return]
 
 
+def sinusoid(values: Tensor, width: int) -> Tensor:
+    """Cosines and sines of numbers [...] at `width` / 2 frequencies from 1 down to 1/10000: [..., width]."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=values.device))
+    angles = values[..., None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 class SelfAttention(nn.Module):
     """Softmax self-attention of every token to every token.
 

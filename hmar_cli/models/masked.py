@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hmar_cli.models.heads import MlpHead, TransformerHead
-from hmar_cli.models.layers import FeedForward, SelfAttention
+from hmar_cli.models.heads import DiffusionHead
+from hmar_cli.models.layers import FeedForward, SelfAttention, sinusoid
 from hmar_cli.models.text import JointTextEncoder
 
 Pivots = Literal["none", "visual", "conditional"]
@@ -46,10 +46,8 @@ class ScaleVector(nn.Module):
             self.embed = nn.Embedding(phases, width)
             self.linear = nn.Linear(width, 4 * width)
         else:
-            half = width // 2
-            angles = torch.arange(phases)[:, None] * torch.exp(-math.log(10000) / half * torch.arange(half))
-            self.register_buffer("waves", torch.cat([angles.cos(), angles.sin()], dim=1), persistent=False)
-            self.fc1 = nn.Linear(2 * half, width)
+            self.register_buffer("waves", sinusoid(torch.arange(phases), width), persistent=False)
+            self.fc1 = nn.Linear(width, width)
             self.fc2 = nn.Linear(width, 6 * width)
 
     def forward(self, phase: int) -> Tensor:
@@ -152,21 +150,14 @@ class Stack(nn.Module):
         return self.norm(x)  # type: ignore[no-any-return]
 
 
-def build_head(
-    kind: Literal["mlp", "transformer"],
-    channels: int,
-    cond_width: int,
-    depth: int,
-    width: int,
-    heads: int,
-    grid: Grid,
-) -> MlpHead | TransformerHead:
-    """Build the diffusion head of a phase."""
-    if kind == "mlp":
-        return MlpHead(channels=channels, cond_width=cond_width, depth=depth, width=width)
-    return TransformerHead(
-        channels=channels, cond_width=cond_width, depth=depth, width=width, heads=heads, grid=grid
-    )
+def gather_tokens(x: Tensor, places: Tensor) -> Tensor:
+    """The tokens of x [B, n, C] at places [B, m]: [B, m, C]."""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def scatter_tokens(x: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
+    """x [B, n, C] with `tokens` [B, m, C] at places [B, m]."""
+    return x.scatter(1, places[..., None].expand(-1, -1, x.shape[-1]), tokens.to(x.dtype))
 
 
 class MaskedTransformer(nn.Module):
@@ -180,7 +171,7 @@ class MaskedTransformer(nn.Module):
         num_classes: classes; with `text_width` there are none.
         text_width: width of text embeddings, 0 for a class-conditional model.
         text: a text encoder to be trained along; None where embeddings come from outside.
-        context: G, tokens in front: copies of the class embedding, or the text's.
+        context_length: G, tokens in front: copies of the class embedding, or the text's.
         encoder_depth: its blocks.
         decoder_depth: its blocks.
         width: D.
@@ -188,17 +179,18 @@ class MaskedTransformer(nn.Module):
         mlp_ratio: hidden width of the feed-forward over D.
         dropout: of attention and feed-forward.
         scale_vector: form of the scale vector, or "none".
-        pivot_head: kind, depth, width and attention heads of phase 1's head.
-        dense_head: the same of phase 2's, or MAR's.
+        pivot_head: phase 1's diffusion head, None for MAR.
+        dense_head: phase 2's, or MAR's.
 
-    Attributes:
-        pivot_head: phase 1's head, None for MAR.
-        dense_head: the head of the dense tokens.
+    Raises:
+        ValueError: pivots without a grid or without a head of their own.
     """
 
     def __init__(
         self,
         *,
+        dense_head: DiffusionHead,
+        pivot_head: DiffusionHead | None,
         grid: Grid,
         pivot_grid: Grid | None,
         channels: int,
@@ -206,7 +198,7 @@ class MaskedTransformer(nn.Module):
         num_classes: int = 1000,
         text_width: int = 0,
         text: JointTextEncoder | None = None,
-        context: int = 64,
+        context_length: int = 64,
         encoder_depth: int = 12,
         decoder_depth: int = 12,
         width: int = 768,
@@ -214,24 +206,18 @@ class MaskedTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
         scale_vector: ScaleVectorKind = "table",
-        pivot_head: tuple[Literal["mlp", "transformer"], int, int, int] = ("mlp", 6, 1024, 8),
-        dense_head: tuple[Literal["mlp", "transformer"], int, int, int] = ("transformer", 6, 512, 8),
     ) -> None:
         super().__init__()
-        if pivots != "none" and pivot_grid is None:
-            raise ValueError("expected a pivot grid for a model with pivots, got none")
+        if pivots != "none" and (pivot_grid is None or pivot_head is None):
+            raise ValueError("expected a pivot grid and a pivot head for a model with pivots, got none")
         self.grid, self.pivot_grid = grid, pivot_grid if pivots != "none" else None
-        self.channels, self.pivots, self.num_classes, self.context_length = (
-            channels,
-            pivots,
-            num_classes,
-            context,
-        )
+        self.channels, self.pivots = channels, pivots
+        self.num_classes, self.context_length = num_classes, context_length
         self.pivot_count = 0 if self.pivot_grid is None else math.prod(self.pivot_grid)  # S
         self.phases = 1 if pivots == "none" else 2
         places = self.pivot_count + math.prod(grid)  # L
         stack = {
-            "places": context + places,
+            "places": context_length + places,
             "width": width,
             "heads": heads,
             "mlp_ratio": mlp_ratio,
@@ -255,12 +241,8 @@ class MaskedTransformer(nn.Module):
             self.empty_pivots = nn.Parameter(torch.zeros(self.pivot_count, channels))
         self.conditional_proj = nn.Linear(width, width) if pivots == "conditional" else None
         _initialize(self)
-        self.pivot_head = (
-            None
-            if self.pivot_grid is None
-            else build_head(pivot_head[0], channels, width, *pivot_head[1:], grid=self.pivot_grid)
-        )
-        self.dense_head = build_head(dense_head[0], channels, width, *dense_head[1:], grid=grid)
+        self.pivot_head = pivot_head if self.pivot_grid is not None else None
+        self.dense_head = dense_head
 
     def context(self, condition: Tensor) -> Tensor:
         """Context tokens [B, G, D] of conditions.
@@ -292,8 +274,8 @@ class MaskedTransformer(nn.Module):
         Returns:
             [B, S, D].
         """
-        encoded = self._encode(context, self.pivot_proj(known), places, phase=0)
-        return self._decode(encoded, places, phase=0)[:, : self.pivot_count]
+        encoded = self.encode(context, self.pivot_proj(known), places, phase=0)
+        return self.decode(encoded, places, phase=0)[:, : self.pivot_count]
 
     def dense_phase(self, context: Tensor, guides: Tensor | None, known: Tensor, places: Tensor) -> Tensor:
         """Phase 2, or MAR's only one: conditional tokens of the dense tokens.
@@ -312,8 +294,8 @@ class MaskedTransformer(nn.Module):
             x = torch.cat([guides.to(x.dtype), x], dim=1)  # [B, S + V, D]
             every = torch.arange(self.pivot_count, device=x.device).expand(len(x), -1)
             places = torch.cat([every, places], dim=1)
-        encoded = self._encode(context, x, places, phase=self.phases - 1)
-        return self._decode(encoded, places, phase=self.phases - 1)[:, self.pivot_count :]
+        encoded = self.encode(context, x, places, phase=self.phases - 1)
+        return self.decode(encoded, places, phase=self.phases - 1)[:, self.pivot_count :]
 
     def guides(self, pivots: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Embed phase 1's result for phase 2, [B, S, D].
@@ -327,7 +309,7 @@ class MaskedTransformer(nn.Module):
             return shown  # type: ignore[no-any-return]
         return torch.where(hidden[..., None], self.pivot_proj(self.empty_pivots), shown)
 
-    def _encode(self, context: Tensor, x: Tensor, places: Tensor, phase: int) -> Tensor:
+    def encode(self, context: Tensor, x: Tensor, places: Tensor, phase: int) -> Tensor:
         """Encode context and visible tokens x [B, V, D]: [B, G + V, D]."""
         position = self.encoder.pos_embed[phase]  # [G + L, D]
         x = torch.cat(
@@ -335,20 +317,19 @@ class MaskedTransformer(nn.Module):
         )
         return self.encoder(self.token_norm(x), phase)  # type: ignore[no-any-return]
 
-    def _decode(self, encoded: Tensor, places: Tensor, phase: int) -> Tensor:
+    def decode(self, encoded: Tensor, places: Tensor, phase: int) -> Tensor:
         """Conditional tokens of all places, [B, L, D]; mask tokens stand where nothing is visible."""
         y = self.decoder_embed(encoded)  # [B, G + V, D]
         total = len(self.head_pos_embed)
         masks = self.mask_token[phase].to(y.dtype).expand(len(y), total, -1)  # [B, L, D]
-        index = places[..., None].expand(-1, -1, y.shape[-1])
-        tokens = masks.scatter(1, index, y[:, self.context_length :])
+        tokens = scatter_tokens(masks, places, y[:, self.context_length :])
         x = torch.cat([y[:, : self.context_length], tokens], dim=1) + self.decoder.pos_embed[phase]
         x = self.decoder(x, phase)[:, self.context_length :]  # [B, L, D]
         return x + self.head_pos_embed  # type: ignore[no-any-return]
 
 
 def _initialize(model: MaskedTransformer) -> None:
-    """Draw initial weights: Xavier for linear layers, 0.02 for embeddings and positions."""
+    """Draw initial weights: Xavier for linear layers, 0.02 for embeddings; heads and text encoder have their own."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith("text."):
             nn.init.xavier_uniform_(module.weight)

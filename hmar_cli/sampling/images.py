@@ -23,6 +23,7 @@ from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.report import image_grid, save_png, to_uint8
 from hmar_cli.sampling import masked, next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.settings import MaskedArSample, NextScaleSample
 from hmar_cli.tokenizers.kl import KlAutoencoder
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
@@ -64,14 +65,15 @@ class Labels:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts, with what encodes them."""
+    """Texts, with what makes their encoder on a device."""
 
     prompts: tuple[str, ...]
-    encoder: Callable[[Sequence[str]], np.ndarray[Any, Any]]
+    encoder: Callable[[torch.device], Callable[[Sequence[str]], np.ndarray[Any, Any]]]
 
     def encode(self, indices: Sequence[int], device: torch.device) -> Tensor:
         """Token ids [B, T] int64, or embeddings [B, T, W] float32."""
-        rows = torch.from_numpy(self.encoder([self.prompts[i % len(self.prompts)] for i in indices]))
+        texts = [self.prompts[i % len(self.prompts)] for i in indices]
+        rows = torch.from_numpy(self.encoder(device)(texts))
         return (rows.float() if rows.is_floating_point() else rows.long()).to(device)
 
     def describe(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ class Prompts:
 class Job:
     """A set of images to draw: image i has condition i (modulo their number) and the noise of (seed, i)."""
 
-    settings: next_scale.Settings | masked.Settings
+    settings: NextScaleSample | MaskedArSample
     conditions: Conditions
     count: int
     seed: int
@@ -96,8 +98,10 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """Every setting that the images depend on, but for the precision, which the device decides."""
+        settings = asdict(self.settings)
+        del settings["batch_size"]
         return {
-            **asdict(self.settings),
+            **settings,
             **self.conditions.describe(),
             "count": self.count,
             "seed": self.seed,
@@ -161,16 +165,18 @@ def generate(
     try:
         with autocast(device, job.precision):
             if isinstance(model, NextScaleTransformer):
-                assert isinstance(tokenizer, MultiScaleVQ) and isinstance(job.settings, next_scale.Settings)
+                assert isinstance(tokenizer, MultiScaleVQ) and isinstance(job.settings, NextScaleSample)
                 tokens, f_hat = next_scale.sample_next_scale(
                     model, tokenizer.quantizer, condition, job.settings, noise
                 )
                 if device.type == "cuda":
                     return tokenizer.decode(f_hat), None
                 return torch.cat([tokenizer.decode_tokens(part) for part in tokens.split(1)]), None
-            assert isinstance(tokenizer, KlAutoencoder) and isinstance(job.settings, masked.Settings)
+            assert isinstance(tokenizer, KlAutoencoder) and isinstance(job.settings, MaskedArSample)
             sampled = masked.sample_masked(model, condition, job.settings, noise)
             images = _decode(tokenizer, sampled.latents)
+            if not images.isfinite().all():
+                raise FloatingPointError("the tokenizer's pictures are not finite")
             return images, None if sampled.pivots is None else _decode(tokenizer, sampled.pivots)
     except FloatingPointError as error:
         raise UserError(

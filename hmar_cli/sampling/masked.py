@@ -5,18 +5,18 @@ channels, D width of the transformer.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hmar_cli.models.diffusion import Diffusion, Method, Predict, ancestral, multistep, process_for
-from hmar_cli.models.heads import MlpHead, TransformerHead
-from hmar_cli.models.masked import MaskedTransformer
+from hmar_cli.models.diffusion import Diffusion, Predict, ancestral, multistep, process_for
+from hmar_cli.models.heads import DiffusionHead
+from hmar_cli.models.masked import MaskedTransformer, gather_tokens, scatter_tokens
+from hmar_cli.settings import CfgSchedule, MaskedArSample
 
-CfgSchedule = Literal["linear", "constant"]
 CHUNK = 1 << 23
 """Normal numbers that are drawn at once, for as many diffusion steps as that covers."""
 
@@ -30,41 +30,12 @@ class Noise(Protocol):
     def normal(self, phase: int, step: int, draws: range, places: Tensor, channels: int) -> Tensor:
         """Standard normal numbers [len(draws), B, m, C] of the tokens at `places` [B, m] in one step.
 
-        Draw 0 is the initial noise of the diffusion, draw 1 + i that of its i-th step.
+        Draw 0 is the initial noise of the diffusion, draw n that of its n-th step.
         """
 
 
 Trace = Callable[[str, Tensor], None]
 """Receives intermediate tensors by name (`z.0.3`, `tokens.1.0`: phase, step), for tests and analyses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How tokens are drawn.
-
-    Attributes:
-        steps: of phase 2 (dense tokens), or of MAR; at most one a token.
-        pivot_steps: of phase 1.
-        cfg: guidance of phase 2, or of MAR; 1 is none.
-        pivot_cfg: guidance of phase 1.
-        cfg_schedule: "linear" grows with the share of known tokens.
-        pivot_cfg_schedule: the same of phase 1.
-        temperature: factor of the noise in "ddpm".
-        head_sampler: "ddpm" (ancestral), or deterministic "ddim" or "dpm++" in far fewer steps.
-        head_steps: diffusion steps of the dense head.
-        pivot_head_steps: of phase 1's head.
-    """
-
-    steps: int = 4
-    pivot_steps: int = 32
-    cfg: float = 2.5
-    pivot_cfg: float = 2.7
-    cfg_schedule: CfgSchedule = "linear"
-    pivot_cfg_schedule: CfgSchedule = "linear"
-    temperature: float = 1.0
-    head_sampler: Method = "ddpm"
-    head_steps: int = 250
-    pivot_head_steps: int = 100
 
 
 def mask_lengths(total: int, steps: int) -> list[int]:
@@ -101,7 +72,7 @@ class Sampled:
 def sample_masked(
     model: MaskedTransformer,
     condition: Tensor,
-    settings: Settings,
+    settings: MaskedArSample,
     noise: Noise,
     *,
     trace: Trace | None = None,
@@ -149,23 +120,16 @@ def _picture(tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
     return torch.unflatten(tokens.transpose(1, 2), 2, grid)
 
 
-@dataclass
-class _Phase:
-    """A phase's state."""
-
-    number: int  # of the random numbers
-    tokens: Tensor  # [B, n, C], zeros where nothing is drawn yet
-    masked: Tensor  # [B, n] bool
-    order: Tensor  # [B, n]
-    head: MlpHead | TransformerHead
-    process: Diffusion
-
-
 class _Run:
     """One call of the sampler."""
 
     def __init__(
-        self, model: MaskedTransformer, condition: Tensor, settings: Settings, noise: Noise, trace: Trace
+        self,
+        model: MaskedTransformer,
+        condition: Tensor,
+        settings: MaskedArSample,
+        noise: Noise,
+        trace: Trace,
     ) -> None:
         self.model, self.settings, self.noise, self.trace = model, settings, noise, trace
         self.conditional = model.context(condition)  # [B, G, D]
@@ -177,44 +141,26 @@ class _Run:
         """
         model, settings = self.model, self.settings
         assert model.pivot_head is not None
-        phase = self._start(0, model.pivot_count, model.pivot_head, process)
         context = self._context(settings.pivot_cfg)
-        pivots = phase.tokens.new_zeros(*phase.tokens.shape[:2], self.conditional.shape[-1])  # [B, S, D]
-        for step, (now, left) in enumerate(_steps(model.pivot_count, settings.pivot_steps)):
-            known, visible = self._known(phase, now, context)
-            z = model.pivot_phase(context, known, visible)  # [B or 2B, S, D]
-            places = phase.order[:, _after(step, settings.pivot_steps, left) : now].sort(dim=1).values
-            index = places[..., None].expand(-1, -1, z.shape[-1])
-            pivots = pivots.scatter(1, index, z[: len(pivots)].gather(1, index).to(pivots.dtype))
-            w = guidance(settings.pivot_cfg, settings.pivot_cfg_schedule, model.pivot_count, left)
-            self._draw(phase, step, z, places, w)
-        return phase.tokens, model.guides(pivots if model.pivots == "conditional" else phase.tokens)
+        batch, total = len(self.conditional), model.pivot_count
+        conditional = self.conditional.new_zeros(batch, total, self.conditional.shape[-1])  # [B, S, D]
+        phase = _Phase(self, 0, total, model.pivot_head, process)
+        for step, w in phase.steps(settings.pivot_steps, settings.pivot_cfg, settings.pivot_cfg_schedule):
+            z = model.pivot_phase(context, *phase.known(context))  # [B or 2B, S, D]
+            conditional = scatter_tokens(conditional, phase.places, gather_tokens(z[:batch], phase.places))
+            phase.draw(step, z, w)
+        return phase.tokens, model.guides(conditional if model.pivots == "conditional" else phase.tokens)
 
     def dense_phase(self, guides: Tensor | None, process: Diffusion) -> Tensor:
         """Draw the dense tokens [B, N, C]; both halves of guidance see the same pivots."""
         model, settings = self.model, self.settings
-        total = math.prod(model.grid)
-        phase = self._start(1, total, model.dense_head, process)
         context = self._context(settings.cfg)
-        if guides is not None and len(context) > len(guides):
-            guides = torch.cat([guides, guides])
-        for step, (now, left) in enumerate(_steps(total, settings.steps)):
-            known, visible = self._known(phase, now, context)
-            z = model.dense_phase(context, guides, known, visible)  # [B or 2B, N, D]
-            places = phase.order[:, _after(step, settings.steps, left) : now].sort(dim=1).values
-            self._draw(phase, step, z, places, guidance(settings.cfg, settings.cfg_schedule, total, left))
+        if guides is not None:
+            guides = guides.repeat(len(context) // len(guides), 1, 1)
+        phase = _Phase(self, 1, math.prod(model.grid), model.dense_head, process)
+        for step, w in phase.steps(settings.steps, settings.cfg, settings.cfg_schedule):
+            phase.draw(step, model.dense_phase(context, guides, *phase.known(context)), w)
         return phase.tokens
-
-    def _start(self, number: int, total: int, head: MlpHead | TransformerHead, process: Diffusion) -> _Phase:
-        batch, device = len(self.conditional), self.conditional.device
-        return _Phase(
-            number=number,
-            tokens=torch.zeros(batch, total, self.model.channels, device=device),
-            masked=torch.ones(batch, total, dtype=torch.bool, device=device),
-            order=self.noise.order(number, total),
-            head=head,
-            process=process,
-        )
 
     def _context(self, cfg: float) -> Tensor:
         """Context of the conditional half and, with guidance, of the other one below it."""
@@ -222,58 +168,92 @@ class _Run:
             return self.conditional
         return torch.cat([self.conditional, self.model.drop(self.conditional)])  # [2B, G, D]
 
-    def _known(self, phase: _Phase, now: int, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The known tokens [B or 2B, V, C] and their places, while `now` tokens are masked."""
-        places = phase.order[:, now:].sort(dim=1).values
-        known = phase.tokens.gather(1, places[..., None].expand(-1, -1, self.model.channels))
-        halves = len(context) // len(places)
-        return known.repeat(halves, 1, 1), places.repeat(halves, 1)
 
-    def _draw(self, phase: _Phase, step: int, z: Tensor, places: Tensor, w: float) -> None:
-        """Draw the tokens of one step and mark them as known."""
-        self.trace(f"z.{phase.number}.{step}", z)
-        if phase.head.global_context:  # a whole image at a time: what is unknown is drawn anew in each step
-            drawn = self._diffuse(phase, step, z, None, w)
-            phase.tokens = torch.where(phase.masked[..., None], drawn, phase.tokens)
+class _Phase:
+    """The tokens of a phase while they are drawn.
+
+    Attributes:
+        tokens: [B, n, C], zeros where nothing is drawn yet.
+        masked: [B, n] bool, what is not known yet.
+        visible: [B, V] places of the known tokens.
+        places: [B, m] places of those that the current step draws.
+    """
+
+    def __init__(self, run: _Run, number: int, total: int, head: DiffusionHead, process: Diffusion) -> None:
+        self.run, self.number, self.head, self.process = run, number, head, process
+        self.order = run.noise.order(number, total)  # [B, n]: drawn from the end
+        self.tokens = torch.zeros(*self.order.shape, run.model.channels, device=self.order.device)
+        self.masked = torch.ones_like(self.order, dtype=torch.bool)
+        self.visible = self.places = self.order[:, :0]
+
+    def steps(self, steps: int, cfg: float, schedule: CfgSchedule) -> Iterator[tuple[int, float]]:
+        """Go through the steps, with the guidance of each.
+
+        Raises:
+            ValueError: more steps than tokens.
+        """
+        total = self.order.shape[1]
+        if not 1 <= steps <= total:
+            raise ValueError(f"expected 1 to {total} steps for {total} tokens, got {steps}")
+        now = total
+        for step, left in enumerate(mask_lengths(total, steps)):
+            then = 0 if step == steps - 1 else left  # the last step draws all
+            self.visible = self.order[:, now:].sort(dim=1).values
+            self.places = self.order[:, then:now].sort(dim=1).values
+            yield step, guidance(cfg, schedule, total, left)
+            self.masked = self.masked.scatter(1, self.places, False)
+            now = then
+
+    def known(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The known tokens [B or 2B, V, C] and their places, for each half of `context`."""
+        halves = len(context) // len(self.tokens)
+        known = gather_tokens(self.tokens, self.visible)
+        return known.repeat(halves, 1, 1), self.visible.repeat(halves, 1)
+
+    def draw(self, step: int, z: Tensor, w: float) -> None:
+        """Draw a step's tokens from conditional tokens z [B or 2B, n, D] under guidance w."""
+        self.run.trace(f"z.{self.number}.{step}", z)
+        if self.head.global_context:  # a whole image at a time: what is unknown is drawn anew in each step
+            every = torch.arange(z.shape[1], device=z.device).expand(len(self.tokens), -1)
+            drawn = self._diffuse(step, z, every, w)
+            self.tokens = torch.where(self.masked[..., None], drawn, self.tokens)
         else:
-            index = places[..., None].expand(-1, -1, z.shape[-1])
-            chosen = z.gather(1, index.repeat(len(z) // len(places), 1, 1))  # [B or 2B, m, D]
-            drawn = self._diffuse(phase, step, chosen, places, w)
-            phase.tokens = phase.tokens.scatter(1, index[..., : self.model.channels], drawn)
-        phase.masked = phase.masked.scatter(1, places, False)
-        self.trace(f"tokens.{phase.number}.{step}", phase.tokens)
+            chosen = gather_tokens(z, self.places.repeat(len(z) // len(self.places), 1))
+            self.tokens = scatter_tokens(
+                self.tokens, self.places, self._diffuse(step, chosen, self.places, w)
+            )
+        self.run.trace(f"tokens.{self.number}.{step}", self.tokens)
 
-    def _diffuse(self, phase: _Phase, step: int, z: Tensor, places: Tensor | None, w: float) -> Tensor:
-        """Run the head's diffusion: of the tokens at `places`, or of all, known ones being imposed."""
-        batch, total, channels = phase.tokens.shape
-        if places is None:
-            places = torch.arange(total, device=z.device).expand(batch, -1)
-        draws = _Draws(self.noise, phase, step, places, channels)
-        initial = draws(-1)
+    def _diffuse(self, step: int, z: Tensor, places: Tensor, w: float) -> Tensor:
+        """Run the head's diffusion of the tokens at `places`; known tokens among them are imposed."""
+        settings, draws = self.run.settings, _Draws(self, step, places)
+        initial = draws(0)
         impose = None
-        if phase.head.global_context:
-            known = ~phase.masked[..., None]
+        if self.head.global_context and settings.impose_known:
+            known, tokens = ~self.masked[..., None], self.tokens
 
             def impose(x: Tensor, a: float) -> Tensor:
-                noised = math.sqrt(a) * phase.tokens + math.sqrt(1 - a) * initial
-                return torch.where(known, noised, x)
+                return torch.where(known, math.sqrt(a) * tokens + math.sqrt(1 - a) * initial, x)
 
-        predict = _guided(phase.head, z, batch, w)
-        if self.settings.head_sampler == "ddpm":
-            return ancestral(predict, initial, phase.process, draws, self.settings.temperature, impose)
-        order: Literal[1, 2] = 1 if self.settings.head_sampler == "ddim" else 2
-        return multistep(predict, initial, phase.process, order, impose)
+        predict = _guided(self.head, z, len(places), w)
+        if settings.head_sampler == "ddpm":
+            return ancestral(predict, initial, self.process, draws, settings.temperature, impose)
+        return multistep(predict, initial, self.process, 1 if settings.head_sampler == "ddim" else 2, impose)
 
 
 def compile_heads(model: MaskedTransformer) -> None:
-    """Compile the diffusion heads and let them replay CUDA graphs: they are called thousands of times an image."""
+    """Compile the diffusion heads and let them replay CUDA graphs: they are called thousands of times an image.
+
+    Each number of tokens that a step draws is compiled for itself.
+    """
+    torch._dynamo.config.recompile_limit = 64
     for head in (model.pivot_head, model.dense_head):
         if head is not None:
             head.compile(mode="reduce-overhead", dynamic=False)
             head.graphed = True
 
 
-def _guided(head: MlpHead | TransformerHead, z: Tensor, batch: int, w: float) -> Predict:
+def _guided(head: DiffusionHead, z: Tensor, batch: int, w: float) -> Predict:
     """The head under guidance: it acts on the noise alone, the variance is that of the conditional half."""
     halves = len(z) // batch
 
@@ -294,34 +274,18 @@ def _guided(head: MlpHead | TransformerHead, z: Tensor, batch: int, w: float) ->
 class _Draws:
     """Normal numbers of one step's diffusion, fetched for many diffusion steps at once."""
 
-    def __init__(self, noise: Noise, phase: _Phase, step: int, places: Tensor, channels: int) -> None:
-        self.noise, self.phase, self.step, self.places, self.channels = noise, phase, step, places, channels
-        self.most = max(1, CHUNK // (places.numel() * channels))
+    def __init__(self, phase: _Phase, step: int, places: Tensor) -> None:
+        self.phase, self.step, self.places = phase, step, places
+        self.most = max(1, CHUNK // (places.numel() * phase.run.model.channels))
         self.first, self.block = 0, torch.empty(0)
 
     def __call__(self, n: int) -> Tensor:
-        """Numbers [B, m, C] of the n-th diffusion step; the initial noise for -1."""
-        draw = n + 1
-        if not self.first <= draw < self.first + len(self.block):
-            stop = min(draw + self.most, len(self.phase.process.timesteps)) if draw else 1
-            numbers = range(draw, max(stop, draw + 1))
-            self.first = draw
-            self.block = self.noise.normal(self.phase.number, self.step, numbers, self.places, self.channels)
-        return self.block[draw - self.first]
-
-
-def _steps(total: int, steps: int) -> list[tuple[int, int]]:
-    """Tokens masked before and after each step.
-
-    Raises:
-        ValueError: more steps than tokens.
-    """
-    if not 1 <= steps <= total:
-        raise ValueError(f"expected 1 to {total} steps for {total} tokens, got {steps}")
-    lengths = mask_lengths(total, steps)
-    return list(zip([total, *lengths[:-1]], lengths, strict=True))
-
-
-def _after(step: int, steps: int, left: int) -> int:
-    """Tokens that stay masked: the last step draws all."""
-    return 0 if step == steps - 1 else left
+        """Numbers [B, m, C] of the n-th diffusion step, from 1; the initial noise for 0."""
+        if not self.first <= n < self.first + len(self.block):
+            run, steps = self.phase.run, len(self.phase.process.timesteps)
+            numbers = range(n, min(n + self.most, steps) if n else 1)
+            self.first = n
+            self.block = run.noise.normal(
+                self.phase.number, self.step, numbers, self.places, run.model.channels
+            )
+        return self.block[n - self.first]

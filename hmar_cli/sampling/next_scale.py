@@ -4,7 +4,6 @@ Letters: B images, K scales, n_k tokens of scale k, V codebook size, Z codebook 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from hmar_cli.models.layers import KeyValueCache
 from hmar_cli.models.next_scale import NextScaleTransformer
-from hmar_cli.models.scales import Schedule, check_schedule
+from hmar_cli.models.scales import check_schedule
+from hmar_cli.settings import NextScaleSample
 from hmar_cli.tokenizers.msvq import ScaleQuantizer
 
 
@@ -25,25 +25,6 @@ class Noise(Protocol):
 
 Trace = Callable[[str, Tensor], None]
 """Receives intermediate tensors by name (`logits.k`, `draft.k`, `masked.k.j`, ...), for tests and analyses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How tokens are drawn.
-
-    Attributes:
-        cfg: guidance at the last scale; it grows linearly from 0 at the first.
-        top_k: candidates kept, 0 for all.
-        top_p: probability mass kept, 0 for all.
-        refine_cfg: guidance of the refinement passes, the same at every scale.
-        schedule: tokens kept by each pass of each scale; empty refines nothing.
-    """
-
-    cfg: float = 1.5
-    top_k: int = 0
-    top_p: float = 0.0
-    refine_cfg: float = 0.0
-    schedule: Schedule = ()
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -74,7 +55,7 @@ def sample_next_scale(
     model: NextScaleTransformer,
     quantizer: ScaleQuantizer,
     labels: Tensor,
-    settings: Settings,
+    settings: NextScaleSample,
     noise: Noise,
     *,
     trace: Trace | None = None,
@@ -123,7 +104,12 @@ class _Run:
     """One call of the sampler: guidance, the count of draws, and VAR's cache."""
 
     def __init__(
-        self, model: NextScaleTransformer, labels: Tensor, settings: Settings, noise: Noise, trace: Trace
+        self,
+        model: NextScaleTransformer,
+        labels: Tensor,
+        settings: NextScaleSample,
+        noise: Noise,
+        trace: Trace,
     ) -> None:
         self.model, self.settings, self.noise, self.trace = model, settings, noise, trace
         self.labels, self.step = labels, 0

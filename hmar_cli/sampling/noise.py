@@ -74,7 +74,7 @@ class PhiloxNoise:
 
     def order(self, phase: int, n: int) -> Tensor:
         """Permutations [B, n] int64 of the n tokens of a phase."""
-        return self.uniform(_ORDERS + phase, n).argsort(dim=1)
+        return self.uniform(_ORDERS + phase, n).argsort(dim=1, stable=True)
 
     def normal(self, phase: int, step: int, draws: range, places: Tensor, channels: int) -> Tensor:
         """Standard normal numbers, a function of (seed, image, phase, step, draw, place, channel) alone.
@@ -90,14 +90,14 @@ class PhiloxNoise:
             [len(draws), B, m, C] float32.
         """
         quads = -(-channels // 4)  # a counter gives four numbers
-        word = ((phase << 14) + step << 14) + torch.arange(draws.start, draws.stop, device=places.device)
+        word = (((phase << 14) + step) << 14) + torch.arange(draws.start, draws.stop, device=places.device)
         quad = torch.arange(quads, device=places.device)
         position = places[..., None] * quads + quad  # [B, m, q]
         image = self.images[:, None, None]
         words = philox((position, word[:, None, None, None], image & _WORD, image >> 32), self.key)
         a, b, c, d = (_open_unit(each) for each in words)  # [draws, B, m, q] each
-        pairs = [radius_angle for pair in ((a, b), (c, d)) for radius_angle in _box_muller(*pair)]
-        return torch.stack(pairs, dim=-1).flatten(-2)[..., :channels]
+        numbers = torch.stack([*_box_muller(a, b), *_box_muller(c, d)], dim=-1)  # [draws, B, m, q, 4]
+        return numbers.flatten(-2)[..., :channels]
 
     def draw(self, probabilities: Tensor, step: int) -> Tensor:
         """Draw one token a position by inverting the cumulative distribution.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hmar_cli.models.diffusion import STEPS, Diffusion
-from hmar_cli.models.heads import MlpHead, TransformerHead
-from hmar_cli.models.masked import MaskedTransformer
-from hmar_cli.settings import Masking
+from hmar_cli.models.heads import DiffusionHead
+from hmar_cli.models.masked import MaskedTransformer, gather_tokens
+from hmar_cli.settings import MaskedArObjective, Masking
 from hmar_cli.tokenizers.kl import sample_posterior
 from hmar_cli.training.objective import Objective
 
@@ -42,15 +42,15 @@ def masked_count(total: int, law: Masking, u: float) -> int:
     return max(1, math.ceil(total * mask_ratio(law, u)))
 
 
-def pivot_drop(elapsed: float, rate: float, warmup: float) -> float:
-    """Probability that an image's pivots are hidden from phase 2 in training: 1 at first, 1 - rate in the end.
+def pivot_drop(elapsed: float, keep: float, warmup: float) -> float:
+    """Probability that an image's pivots are hidden from phase 2 in training: 1 at first, 1 - keep in the end.
 
     Args:
         elapsed: what has passed, in epochs or as a share of training.
-        rate: share of images that see their pivots in the end.
+        keep: share of images that see their pivots in the end.
         warmup: when that is reached, in the unit of `elapsed`.
     """
-    return 1 - rate * (min(1.0, elapsed / warmup) if warmup else 1.0)
+    return 1 - keep * (min(1.0, elapsed / warmup) if warmup else 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,12 @@ class Draws:
     noise: Tensor
 
     @property
-    def hidden(self) -> Tensor:
+    def masked_places(self) -> Tensor:
         """Masked places [B, M]."""
         return self.order[:, : self.masked]
 
     @property
-    def visible(self) -> Tensor:
+    def visible_places(self) -> Tensor:
         """The other places [B, n - M]."""
         return self.order[:, self.masked :]
 
@@ -90,49 +90,21 @@ class MaskedArTraining(Objective):
 
     Args:
         model: the transformer to train.
+        settings: masking laws, repeats and weights; MAR's loss has no weight.
         latent_scale: factor of the tokenizer's latents.
-        pivot_masking: law of the masked share in phase 1.
-        dense_masking: in phase 2, or MAR's.
-        repeats: R, noise levels of each token in one step.
-        variational: train the variance of MLP heads.
-        pivot_weight: of phase 1's loss.
-        dense_weight: of phase 2's loss; MAR's has no factor.
-        pivot_keep: share of images that see their pivots, in the end.
-        pivot_keep_warmup: share of training over which that share grows.
-        label_drop: probability that a condition is left out, in each phase anew.
     """
 
-    def __init__(
-        self,
-        model: MaskedTransformer,
-        *,
-        latent_scale: float = 1.0,
-        pivot_masking: Masking = "truncated-normal",
-        dense_masking: Masking = "cosine",
-        repeats: int = 4,
-        variational: bool = True,
-        pivot_weight: float = 0.4,
-        dense_weight: float = 0.6,
-        pivot_keep: float = 0.25,
-        pivot_keep_warmup: float = 0.125,
-        label_drop: float = 0.1,
-    ) -> None:
+    def __init__(self, model: MaskedTransformer, settings: MaskedArObjective, latent_scale: float) -> None:
         super().__init__()
         self.networks = {"model": model}
-        self.model, self.latent_scale, self.repeats = model, latent_scale, repeats
-        self.pivot_masking, self.dense_masking, self.variational = pivot_masking, dense_masking, variational
-        self.pivot_weight = pivot_weight
-        self.dense_weight = 1.0 if model.pivots == "none" else dense_weight
-        self.pivot_keep, self.pivot_keep_warmup = pivot_keep, pivot_keep_warmup
-        self.label_drop = label_drop
+        self.model, self.settings, self.latent_scale = model, settings, latent_scale
         self.diffusion = Diffusion()
 
     def undecayed(self, name: str, parameter: nn.Parameter) -> bool:
-        """No decay for biases, norms and the diffusion heads; embeddings, positions and tables are decayed."""
+        """No decay for the diffusion heads and for what has one dimension, but for the null embedding."""
         if name.startswith(("pivot_head.", "dense_head.")):
             return True
-        decayed = name == "null_embed" or name.endswith(("modulation.scale", "modulation.shift"))
-        return not decayed and super().undecayed(name, parameter)
+        return name != "null_embed" and super().undecayed(name, parameter)
 
     def compile_networks(self) -> None:
         """Compile the blocks, which all share one compiled form; how many tokens they see changes all the time."""
@@ -153,25 +125,25 @@ class MaskedArTraining(Objective):
         """
         dense = self.latents(batch["moments"])  # [B, N, C]
         context = self.model.context(batch["text" if self.model.class_embed is None else "label"])
-        draws = self.draw(dense, self.model.dense_head, self.dense_masking)
+        dense_draws = self.draw(dense, self.model.dense_head, self.settings.dense_masking)
         if self.model.pivots == "none":
-            loss = self.dense_loss(dense, context, None, draws)
+            loss = self.dense_loss(dense, context, None, dense_draws)
             return loss, {"loss": loss.detach()}
         pivots = self.latents(batch["pivot_moments"])  # [B, S, C]
         assert self.model.pivot_head is not None
-        first = self.draw(pivots, self.model.pivot_head, self.pivot_masking)
-        chance = pivot_drop(progress, self.pivot_keep, self.pivot_keep_warmup)
-        hidden = torch.rand(len(dense), device=dense.device) <= chance  # [B]
-        return self.two_phases(pivots, dense, context, first, draws, hidden)
+        pivot_draws = self.draw(pivots, self.model.pivot_head, self.settings.pivot_masking)
+        chance = pivot_drop(progress, self.settings.pivot_keep, self.settings.pivot_keep_warmup)
+        without_pivots = torch.rand(len(dense), device=dense.device) < chance  # [B]
+        return self.two_phases(pivots, dense, context, pivot_draws, dense_draws, without_pivots)
 
     def two_phases(
         self,
         pivots: Tensor,
         dense: Tensor,
         context: Tensor,
-        first: Draws,
-        second: Draws,
-        hidden: Tensor,
+        pivot_draws: Draws,
+        dense_draws: Draws,
+        without_pivots: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of Hi-MAR.
 
@@ -179,36 +151,33 @@ class MaskedArTraining(Objective):
             pivots: latents [B, S, C].
             dense: latents [B, N, C].
             context: [B, G, D].
-            first: draws of phase 1.
-            second: draws of phase 2.
-            hidden: [B] bool, images whose pivots phase 2 does not see.
+            pivot_draws: random numbers of phase 1.
+            dense_draws: of phase 2.
+            without_pivots: [B] bool, images whose pivots phase 2 does not see.
         """
-        model = self.model
+        model, visible = self.model, pivot_draws.visible_places
         assert model.pivot_head is not None
-        known = _take(pivots, first.visible)  # [B, S - M, C]
-        z = model.pivot_phase(model.drop(context, first.dropped), known, first.visible)  # [B, S, D]
-        pivot_loss = self.diffusion_loss(model.pivot_head, pivots, z, first)
+        known = gather_tokens(pivots, visible)  # [B, S - M, C]
+        z = model.pivot_phase(model.drop(context, pivot_draws.dropped), known, visible)  # [B, S, D]
+        pivot_loss = self.diffusion_loss(model.pivot_head, pivots, z, pivot_draws)
+        empty = without_pivots[:, None].expand(pivots.shape[:2])  # [B, S]
         if model.pivots == "conditional":
-            visible = torch.ones(pivots.shape[:2], dtype=torch.bool, device=pivots.device)
-            empty = visible.scatter(1, first.hidden, False) | hidden[:, None]  # [B, S]
-            guides = model.guides(z.detach(), empty)
+            guides = model.guides(z.detach(), empty.scatter(1, visible, True))
         else:
-            guides = model.guides(pivots, hidden[:, None].expand(pivots.shape[:2]))
-        dense_loss = self.dense_loss(dense, context, guides, second)
-        loss = self.pivot_weight * pivot_loss + self.dense_weight * dense_loss
+            guides = model.guides(pivots, empty)
+        dense_loss = self.dense_loss(dense, context, guides, dense_draws)
+        loss = self.settings.pivot_weight * pivot_loss + self.settings.dense_weight * dense_loss
         metrics = {"loss": loss, "pivot_loss": pivot_loss, "dense_loss": dense_loss}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def dense_loss(self, dense: Tensor, context: Tensor, guides: Tensor | None, draws: Draws) -> Tensor:
         """Loss of phase 2, or of MAR."""
         context = self.model.drop(context, draws.dropped)
-        known = _take(dense, draws.visible)  # [B, N - M, C]
-        z = self.model.dense_phase(context, guides, known, draws.visible)  # [B, N, D]
+        known = gather_tokens(dense, draws.visible_places)  # [B, N - M, C]
+        z = self.model.dense_phase(context, guides, known, draws.visible_places)  # [B, N, D]
         return self.diffusion_loss(self.model.dense_head, dense, z, draws)
 
-    def diffusion_loss(
-        self, head: MlpHead | TransformerHead, tokens: Tensor, z: Tensor, draws: Draws
-    ) -> Tensor:
+    def diffusion_loss(self, head: DiffusionHead, tokens: Tensor, z: Tensor, draws: Draws) -> Tensor:
         """Noise-prediction error of masked tokens.
 
         An MLP head is given the masked tokens alone, each with its own timestep; a Transformer head all tokens of
@@ -220,19 +189,21 @@ class MaskedArTraining(Objective):
             z: conditional tokens [B, n, D].
             draws: of the phase.
         """
+        repeats = self.settings.repeats
         if not head.global_context:
-            tokens, z = _take(tokens, draws.hidden), _take(z, draws.hidden)  # [B, M, C], [B, M, D]
-        tokens, z = tokens.repeat(self.repeats, 1, 1), z.repeat(self.repeats, 1, 1)  # [R B, ...]
-        state = self.diffusion.noised(tokens, draws.t, draws.noise)
+            places = draws.masked_places
+            tokens, z = gather_tokens(tokens, places), gather_tokens(z, places)  # [B, M, C], [B, M, D]
+        tokens, z = tokens.repeat(repeats, 1, 1), z.repeat(repeats, 1, 1)  # [R B, ...]
+        state = self.diffusion.q_sample(tokens, draws.t, draws.noise)
         predicted, value = head(state, draws.t, z)
         error = (draws.noise - predicted).square().mean(dim=-1)  # [R B, n or M]
-        if value is not None and self.variational:
-            error = error + self.diffusion.variational(
+        if value is not None and self.settings.variational:
+            error = error + self.diffusion.vlb_terms(
                 predicted, value, tokens, state, draws.t.expand(error.shape)
             )
         if head.global_context:
-            counted = torch.zeros_like(draws.order, dtype=error.dtype).scatter(1, draws.hidden, 1.0)  # [B, n]
-            error = error * counted.repeat(self.repeats, 1)
+            counted = torch.zeros_like(draws.order, dtype=error.dtype).scatter(1, draws.masked_places, 1.0)
+            error = error * counted.repeat(repeats, 1)
         return error.mean()  # type: ignore[no-any-return]
 
     def latents(self, moments: Tensor) -> Tensor:
@@ -241,21 +212,16 @@ class MaskedArTraining(Objective):
         latents: Tensor = sample_posterior(moments, torch.randn_like(mean)) * self.latent_scale
         return latents.flatten(2).transpose(1, 2).contiguous()
 
-    def draw(self, tokens: Tensor, head: MlpHead | TransformerHead, law: Masking) -> Draws:
+    def draw(self, tokens: Tensor, head: DiffusionHead, law: Masking) -> Draws:
         """Draw a phase's random numbers; the count of masked tokens on the host, so that nothing waits for it."""
         batch, total, channels = tokens.shape
-        device, rows = tokens.device, self.repeats * batch
+        device, rows = tokens.device, self.settings.repeats * batch
         masked = masked_count(total, law, torch.rand(()).item())
         n = total if head.global_context else masked
         return Draws(
             order=torch.rand(batch, total, device=device).argsort(dim=1),
             masked=masked,
-            dropped=torch.rand(batch, device=device) < self.label_drop,
+            dropped=torch.rand(batch, device=device) < self.settings.label_drop,
             t=torch.randint(STEPS, (rows, 1 if head.global_context else n), device=device),
             noise=torch.randn(rows, n, channels, device=device),
         )
-
-
-def _take(x: Tensor, places: Tensor) -> Tensor:
-    """Rows of x [B, n, C] at places [B, m]: [B, m, C]."""
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))

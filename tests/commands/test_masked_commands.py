@@ -1,6 +1,7 @@
 """MAR and Hi-MAR from images to images, by the commands alone, at the smallest size that shows every step."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,23 @@ def test_fast_samplers_take_twenty_steps_by_default(world: Path, tmp_path: Path,
     assert len(pictures(tmp_path / "a")) == 1
 
 
+def test_ddpm_steps_are_not_those_of_a_fast_sampler(world: Path, tmp_path: Path) -> None:
+    fast = tmp_path / "fast"
+    shutil.copytree(world / "mar", fast)
+    for recipe in fast.glob("step-*/recipe.toml"):
+        recipe.write_text(recipe.read_text().replace('head_sampler = "ddpm"', 'head_sampler = "dpm++"'))
+    flags = ("--checkpoint", fast, "--head-sampler", "ddpm", "--out", tmp_path / "a", "--dry-run")
+    about = json.loads(done("sample", *flags).stdout)
+    assert (about["head_steps"], about["pivot_head_steps"]) == (250, 100)
+
+
+def test_a_tokenizer_without_a_scale_takes_that_of_the_model(world: Path, tmp_path: Path) -> None:
+    for out, flags in {"own": (), "given": ("--tokenizer", world / "kl")}.items():
+        result = sample(world, "mar", tmp_path / out, "--count", 1, *flags)
+        assert result.exit_code == 0, result.output
+    assert (pictures(tmp_path / "own") == pictures(tmp_path / "given")).all()
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
@@ -177,6 +195,7 @@ def test_fast_samplers_take_twenty_steps_by_default(world: Path, tmp_path: Path,
         (("--steps", 65), "sample.steps: 65 steps for 8x8 tokens"),
         (("--head-sampler", "dpm++", "--temperature", 0.9), 'it scales the noise of "ddpm"'),
         (("--prompt", "a red circle"), "draws classes and knows no text"),
+        (("--text-weights", "x.safetensors"), "reads no text through CLIP"),
         (("--labels", "cat"), "no class 'cat'"),
     ],
 )
@@ -213,6 +232,13 @@ def test_a_cache_that_does_not_fit_is_refused(world: Path, tmp_path: Path) -> No
     assert "text: ids:12 in the cache, ids:9 in the recipe" in text
 
 
+def test_a_cache_of_the_other_kind_is_refused(world: Path, tmp_path: Path) -> None:
+    train = ("train", "--recipe", "hmar-tiny", "--data", world / "cache", "--out", tmp_path / "a")
+    result = hmar(*train)
+    assert result.exit_code == 2
+    assert "contents: latents in the cache, tokens in the recipe" in " ".join(result.stderr.split())
+
+
 def test_a_model_of_the_other_family_cannot_be_the_start(world: Path, tmp_path: Path) -> None:
     arguments = ("train", "--recipe", world / "mar.toml", "--data", world / "cache", "--out", tmp_path / "a")
     result = hmar(*arguments, "--init", world / "kl")
@@ -226,8 +252,6 @@ def test_resumed_training_gives_the_same_weights(world: Path, tmp_path: Path) ->
     every = ("--set", "train.save_every=1", "--set", "train.keep=9")
     done(*train, "--out", tmp_path / "whole", *every)
     done(*train, "--out", tmp_path / "part", *every)
-    import shutil
-
     shutil.rmtree(tmp_path / "part" / "step-00000002")
     done(*train, "--out", tmp_path / "part", *every, "--resume")
     whole, part = (

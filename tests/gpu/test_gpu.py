@@ -7,8 +7,9 @@ from hmar_kernels import IMPLEMENTATIONS, scale_attention
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
 from hmar_cli.sampling.images import autocast
-from hmar_cli.sampling.next_scale import Settings, sample_next_scale
+from hmar_cli.sampling.next_scale import sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.settings import NextScaleSample
 from hmar_cli.tokenizers.msvq import ScaleQuantizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -52,7 +53,7 @@ def test_sampling_never_waits_for_the_device(pattern: str) -> None:
     )
     model.cuda().eval()
     schedule = ((1,), (2, 2), (3, 6), (4, 4, 8)) if pattern == "diagonal" else ()
-    settings = Settings(cfg=2.0, top_k=40, top_p=0.95, schedule=schedule)
+    settings = NextScaleSample(cfg=2.0, top_k=40, top_p=0.95, schedule=schedule)
     labels, images = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.arange(3, device="cuda")
     waits = []
     with autocast(labels.device, "bf16"):

@@ -6,7 +6,7 @@ import torch
 from hmar_cli.builders import build_model, build_objective, build_tokenizer
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.sampling.images import autocast
-from hmar_cli.sampling.masked import Settings, compile_heads, sample_masked
+from hmar_cli.sampling.masked import compile_heads, sample_masked
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import Data, Kl, MaskedAr, MaskedArObjective, MaskedArSample, Optim, Recipe, Train
 from hmar_cli.training.trainer import Trainer
@@ -83,7 +83,7 @@ def built(pivots: str) -> MaskedTransformer:
     return model.eval()
 
 
-SETTINGS = Settings(steps=4, pivot_steps=4, head_sampler="dpm++", head_steps=8, pivot_head_steps=8)
+SETTINGS = MaskedArSample(steps=4, pivot_steps=4, head_sampler="dpm++", head_steps=8, pivot_head_steps=8)
 
 
 @pytest.mark.parametrize("pivots", ["none", "conditional"])

@@ -95,6 +95,6 @@ def test_variational_term_does_not_reach_the_noise() -> None:
     start, noise = torch.randn(3, 4), torch.randn(3, 4)
     predicted = torch.randn(3, 4, requires_grad=True)
     value = torch.randn(3, 4, requires_grad=True)
-    process.variational(predicted, value, start, process.noised(start, t, noise), t).sum().backward()
+    process.vlb_terms(predicted, value, start, process.q_sample(start, t, noise), t).sum().backward()
     assert predicted.grad is None
     assert value.grad is not None and value.grad.abs().min() > 0

@@ -12,8 +12,8 @@ from hmar_cli.builders import build_model
 from hmar_cli.checkpoints.published_masked import masked_key, read_masked
 from hmar_cli.models.diffusion import Diffusion
 from hmar_cli.models.heads import MlpHead, TransformerHead
-from hmar_cli.models.masked import MaskedTransformer
-from hmar_cli.sampling.masked import Settings, sample_masked
+from hmar_cli.models.masked import MaskedTransformer, gather_tokens
+from hmar_cli.sampling.masked import sample_masked
 from hmar_cli.settings import Data, Kl, MaskedAr, MaskedArObjective, MaskedArSample, Recipe
 from hmar_cli.training.masked import Draws, MaskedArTraining
 
@@ -74,10 +74,6 @@ def visible(mask: Tensor) -> Tensor:
     return torch.stack([(row == 0).nonzero()[:, 0] for row in mask])
 
 
-def take(x: Tensor, places: Tensor) -> Tensor:
-    return x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def rows(latents: Tensor) -> Tensor:
     """[B, C, h, w] to [B, h w, C]."""
     return latents.flatten(2).transpose(1, 2)
@@ -93,10 +89,10 @@ def test_mar_units(path: Path) -> None:
     case = Case(path)
     model, places = case.model, visible(case["in.mask"])
     context = model.context(case["in.labels"])
-    known = take(case["in.tokens"], places)
-    encoded = model._encode(context, model.token_proj(known), places, phase=0)
+    known = gather_tokens(case["in.tokens"], places)
+    encoded = model.encode(context, model.token_proj(known), places, phase=0)
     case.close(encoded, "out.encoder")
-    nothing = model._encode(model.drop(context), model.token_proj(known), places, phase=0)
+    nothing = model.encode(model.drop(context), model.token_proj(known), places, phase=0)
     case.close(nothing, "out.encoder_uncond")
     case.close(model.dense_phase(context, None, known, places), "out.decoder_z")
     head_unit(case, model.dense_head, "in.head", "out.head")
@@ -148,7 +144,7 @@ class Recorded:
 def sample(case: Case, run: str) -> tuple[Any, dict[str, Tensor]]:
     about, traced = case.about["runs"][run], {}
     hierarchical = case.about["family"] == "himar"
-    settings = Settings(
+    settings = MaskedArSample(
         steps=about["num_iter"],
         pivot_steps=about.get("phase1_iterations", 1),
         cfg=about["cfg"],
@@ -197,14 +193,14 @@ def test_himar_units(path: Path) -> None:
     case.close(torch.stack([stack(0), stack(1)]), "out.p1.scale_vector_encoder")
 
     places = visible(case["in.p1.mask"][:, :pivots])
-    known = take(case["in.p1.cond"], places)
-    encoded = model._encode(context, model.pivot_proj(known), places, phase=0)
+    known = gather_tokens(case["in.p1.cond"], places)
+    encoded = model.encode(context, model.pivot_proj(known), places, phase=0)
     case.close(encoded, "out.p1.encoder")
-    case.close(model._decode(encoded, places, phase=0), "out.p1.decoder_z")
+    case.close(model.decode(encoded, places, phase=0), "out.p1.decoder_z")
 
     places = visible(case["in.p2.mask"][:, pivots:])
     guides = model.guides(case["in.p2.small_z"])
-    z = model.dense_phase(context, guides, take(case["in.p2.tokens"], places), places)
+    z = model.dense_phase(context, guides, gather_tokens(case["in.p2.tokens"], places), places)
     expected = case["out.p2.decoder_z"][:, pivots:]
     assert ((z - expected).abs().max() / expected.abs().max()).item() <= 1e-5
 
@@ -256,7 +252,7 @@ def per_masked(values: Tensor, repeats: int, places: Tensor) -> Tensor:
     batch = len(places)
     values = values.reshape(repeats * batch, -1, *values.shape[1:])
     index = places.repeat(repeats, 1)
-    return values.gather(1, index) if values.ndim == 2 else take(values, index)
+    return values.gather(1, index) if values.ndim == 2 else gather_tokens(values, index)
 
 
 def gradient_norms(case: Case, loss: Tensor) -> Tensor:
@@ -279,7 +275,7 @@ def gradient_norms(case: Case, loss: Tensor) -> Tensor:
 def test_mar_training(path: Path) -> None:
     case = Case(path)
     case.model.train()
-    objective = MaskedArTraining(case.model, repeats=2)
+    objective = MaskedArTraining(case.model, MaskedArObjective(repeats=2), 1.0)
     tokens = rows(case["in.train.latents"])
     order, masked = masked_first(case["rand.train.orders"], case["rand.train.mask"])
     hidden = order[:, :masked]
@@ -324,10 +320,12 @@ def test_himar_training(path: Path, variant: str) -> None:
     )
     chance = 1 - 0.5 * min(1.0, int(case["in.train.epoch"]) / 100)
     u = case[f"in.train.{variant}.cond_drop_u"]
-    objective = MaskedArTraining(case.model, repeats=2)
+    objective = MaskedArTraining(case.model, MaskedArObjective(repeats=2), 1.0)
     context = case.model.context(case["in.train.labels"])
-    loss, metrics = objective.two_phases(pivots, dense, context, first, second, u <= chance)
-    case.close(objective.pivot_weight / (64 / 320) * metrics["pivot_loss"], "out.train.loss1")
-    case.close(objective.dense_weight / (256 / 320) * metrics["dense_loss"], f"out.train.{variant}.loss2")
+    loss, metrics = objective.two_phases(pivots, dense, context, first, second, u < chance)
+    case.close(objective.settings.pivot_weight / (64 / 320) * metrics["pivot_loss"], "out.train.loss1")
+    case.close(
+        objective.settings.dense_weight / (256 / 320) * metrics["dense_loss"], f"out.train.{variant}.loss2"
+    )
     case.close(loss, f"out.train.{variant}.total")
     case.close(gradient_norms(case, loss), f"out.train.{variant}.grad_norm")

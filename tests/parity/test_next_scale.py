@@ -18,9 +18,9 @@ from hmar_cli.checkpoints.published import (
     tokenizer_settings,
 )
 from hmar_cli.models.next_scale import NextScaleTransformer
-from hmar_cli.sampling.next_scale import Settings, sample_next_scale
+from hmar_cli.sampling.next_scale import sample_next_scale
 from hmar_cli.sampling.noise import Greedy
-from hmar_cli.settings import Recipe
+from hmar_cli.settings import NextScaleSample, Recipe
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 PATTERNS = {"var": "causal", "hmar-nsp": "diagonal", "hmar-mp": "diagonal", "hmar-full": "diagonal"}
@@ -83,7 +83,7 @@ def generations() -> list[Any]:
 def test_generation(path: Path, name: str) -> None:
     case = Case(path)
     run = case.about["config"]["generations"][name]
-    settings = Settings(
+    settings = NextScaleSample(
         cfg=run["cfg"],
         top_k=run["top_k"],
         top_p=run["top_p"],

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hmar_cli.models.heads import MlpHead, TransformerHead
 from hmar_cli.models.masked import MaskedTransformer
-from hmar_cli.sampling.masked import Settings, guidance, mask_lengths, sample_masked
+from hmar_cli.sampling.masked import guidance, mask_lengths, sample_masked
 from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.settings import MaskedArSample
 
 
 def model(pivots: str = "conditional", **settings: object) -> MaskedTransformer:
@@ -19,13 +21,13 @@ def model(pivots: str = "conditional", **settings: object) -> MaskedTransformer:
         channels=3,
         pivots=pivots,  # type: ignore[arg-type]
         num_classes=5,
-        context=2,
+        context_length=2,
         encoder_depth=1,
         decoder_depth=1,
         width=16,
         heads=2,
-        pivot_head=("mlp", 1, 16, 2),
-        dense_head=("transformer", 1, 16, 2),
+        pivot_head=MlpHead(channels=3, cond_width=16, depth=1, width=16),
+        dense_head=TransformerHead(channels=3, cond_width=16, depth=1, width=16, heads=2, grid=(4, 6)),
         **settings,  # type: ignore[arg-type]
     )
     for parameter in built.parameters():  # heads and modulations begin with zeros
@@ -34,10 +36,10 @@ def model(pivots: str = "conditional", **settings: object) -> MaskedTransformer:
     return built.eval()
 
 
-SETTINGS = Settings(steps=4, pivot_steps=3, head_sampler="dpm++", head_steps=4, pivot_head_steps=4)
+SETTINGS = MaskedArSample(steps=4, pivot_steps=3, head_sampler="dpm++", head_steps=4, pivot_head_steps=4)
 
 
-def draw(built: MaskedTransformer, images: list[int], settings: Settings = SETTINGS) -> Tensor:
+def draw(built: MaskedTransformer, images: list[int], settings: MaskedArSample = SETTINGS) -> Tensor:
     labels = torch.tensor(images) % 5
     return sample_masked(built, labels, settings, PhiloxNoise(7, torch.tensor(images))).latents
 
@@ -60,7 +62,9 @@ def test_guidance_grows_with_what_is_known() -> None:
 @pytest.mark.parametrize("pivots", ["none", "visual", "conditional"])
 @pytest.mark.parametrize("head_sampler", ["ddpm", "ddim", "dpm++"])
 def test_an_image_is_the_same_in_any_batch(pivots: str, head_sampler: str) -> None:
-    settings = Settings(steps=4, pivot_steps=3, head_sampler=head_sampler, head_steps=4, pivot_head_steps=4)  # type: ignore[arg-type]
+    settings = MaskedArSample(
+        steps=4, pivot_steps=3, head_sampler=head_sampler, head_steps=4, pivot_head_steps=4
+    )  # type: ignore[arg-type]
     built = model(pivots)
     together = draw(built, [3, 0, 8], settings)
     assert together.shape == (3, 3, 4, 6)
@@ -90,11 +94,11 @@ def test_pivots_reach_the_dense_tokens_as_conditional_tokens_alone() -> None:
 
 def test_settings_that_cannot_be_followed() -> None:
     with pytest.raises(ValueError, match="expected 1 to 24 steps for 24 tokens, got 25"):
-        draw(model(), [0], Settings(steps=25, pivot_steps=3))
+        draw(model(), [0], MaskedArSample(steps=25, pivot_steps=3))
     with pytest.raises(ValueError, match="expected 1 to 6 steps for 6 tokens, got 7"):
-        draw(model(), [0], Settings(pivot_steps=7))
+        draw(model(), [0], MaskedArSample(pivot_steps=7))
     with pytest.raises(ValueError, match='expected temperature 1 for "ddim"'):
-        draw(model(), [0], Settings(head_sampler="ddim", temperature=0.9))
+        draw(model(), [0], MaskedArSample(head_sampler="ddim", temperature=0.9))
 
 
 def test_broken_weights_are_named() -> None:

@@ -3,8 +3,9 @@ import torch
 
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales, split_passes
-from hmar_cli.sampling.next_scale import Settings, filter_logits, sample_next_scale
+from hmar_cli.sampling.next_scale import filter_logits, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.settings import NextScaleSample
 from hmar_cli.tokenizers.msvq import ScaleQuantizer
 
 SCALES = Scales.of([1, 2, [2, 3], 4])
@@ -29,7 +30,7 @@ def make(pattern: str, masked_layers: int = 0) -> tuple[NextScaleTransformer, Sc
     return model.eval(), quantizer
 
 
-def draw(pattern: str, images: list[int], settings: Settings) -> torch.Tensor:
+def draw(pattern: str, images: list[int], settings: NextScaleSample) -> torch.Tensor:
     model, quantizer = make(pattern, masked_layers=1 if settings.schedule else 0)
     labels = torch.tensor(images) % 3
     return sample_next_scale(model, quantizer, labels, settings, PhiloxNoise(5, torch.tensor(images)))[0]
@@ -40,7 +41,7 @@ def draw(pattern: str, images: list[int], settings: Settings) -> torch.Tensor:
     [("causal", ()), ("diagonal", ()), ("diagonal", ((1,), (1, 3), (2, 2, 2), (6, 10)))],
 )
 def test_batch_and_order_change_nothing(pattern: str, schedule: tuple[tuple[int, ...], ...]) -> None:
-    settings = Settings(cfg=1.5, top_k=20, top_p=0.95, schedule=schedule)
+    settings = NextScaleSample(cfg=1.5, top_k=20, top_p=0.95, schedule=schedule)
     whole = draw(pattern, list(range(8)), settings)
     assert whole.unique(dim=0).shape[0] == 8
     parts = torch.cat([draw(pattern, images, settings) for images in ([0], [1, 2, 3], [4, 5, 6, 7])])
@@ -58,7 +59,7 @@ def test_one_token_a_pass() -> None:
         model,
         quantizer,
         torch.tensor([0, 1]),
-        Settings(schedule=schedule, refine_cfg=1.0),
+        NextScaleSample(top_k=0, top_p=0.0, schedule=schedule, refine_cfg=1.0),
         PhiloxNoise(0, torch.arange(2)),
         trace=lambda name, tensor: names.append(name),
     )
@@ -74,7 +75,12 @@ def test_kept_tokens_stay_and_the_least_confident_go() -> None:
     model, quantizer = make("diagonal", masked_layers=1)
     noise = PhiloxNoise(0, torch.arange(3))
     sample_next_scale(
-        model, quantizer, torch.arange(3), Settings(schedule=schedule), noise, trace=seen.__setitem__
+        model,
+        quantizer,
+        torch.arange(3),
+        NextScaleSample(top_k=0, top_p=0.0, schedule=schedule),
+        noise,
+        trace=seen.__setitem__,
     )
     masked, confidence = seen["masked.3.1"], seen["conf.3.1"]
     redrawn = torch.zeros_like(confidence, dtype=torch.bool).scatter(1, masked, True)
@@ -91,7 +97,9 @@ def test_no_guidance_equals_conditional_rows() -> None:
     seen: dict[str, torch.Tensor] = {}
     labels = torch.tensor([0, 2])
     noise = PhiloxNoise(0, torch.arange(2))
-    tokens, _ = sample_next_scale(model, quantizer, labels, Settings(cfg=0), noise, trace=seen.__setitem__)
+    tokens, _ = sample_next_scale(
+        model, quantizer, labels, NextScaleSample(top_k=0, top_p=0.0, cfg=0), noise, trace=seen.__setitem__
+    )
     logits = torch.cat([seen[f"logits.{k}"] for k in range(len(SCALES))], dim=1)
     expected = model(labels, quantizer.teacher_inputs(tokens))
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
@@ -102,13 +110,25 @@ def test_refusals() -> None:
     noise = PhiloxNoise(0, torch.arange(1))
     labels = torch.tensor([0])
     with pytest.raises(ValueError, match="masked branch"):
-        sample_next_scale(model, quantizer, labels, Settings(schedule=((1,), (1, 3), (6,), (16,))), noise)
+        sample_next_scale(
+            model,
+            quantizer,
+            labels,
+            NextScaleSample(top_k=0, top_p=0.0, schedule=((1,), (1, 3), (6,), (16,))),
+            noise,
+        )
     with pytest.raises(ValueError, match="sum to 4"):
-        sample_next_scale(model, quantizer, labels, Settings(schedule=((1,), (1, 2), (6,), (16,))), noise)
+        sample_next_scale(
+            model,
+            quantizer,
+            labels,
+            NextScaleSample(top_k=0, top_p=0.0, schedule=((1,), (1, 2), (6,), (16,))),
+            noise,
+        )
     with torch.no_grad():
         model.head.linear.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite"):
-        sample_next_scale(model, quantizer, labels, Settings(), noise)
+        sample_next_scale(model, quantizer, labels, NextScaleSample(top_k=0, top_p=0.0), noise)
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
