@@ -8,6 +8,7 @@ channels.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -187,21 +188,23 @@ def read_kl(state: Mapping[str, Tensor]) -> Imported:
                 "download the file again",
             )
         imported.state[target] = torch.cat([parts[name] for name in "qkv"])  # [3D] or [3D, D, 1, 1]
-    require_present(imported, ("encoder.conv_in.weight", "quant_conv.weight", "post_quant_conv.weight"))
+    require_present(imported, ("encoder.conv_in.weight", "encoder.down.0.block.0.conv2.weight"))
+    require_present(imported, ("quant_conv.weight", "post_quant_conv.weight"))
     return imported
 
 
 def kl_settings(imported: Imported) -> Kl:
-    """Read the settings of a KL autoencoder off its shapes.
+    """Read the settings of a KL autoencoder off its shapes; one of KL-16's stride and channels gets its scale.
 
     Args:
         imported: of format "kl".
     """
     state, convolutions = imported.state, convolution_settings(imported.state)
     last = len(convolutions["multipliers"]) - 1
-    return Kl(
+    settings = Kl(
         **convolutions,
         z_channels=state["post_quant_conv.weight"].shape[0],
         attention=f"encoder.down.{last}.attn.0.qkv.weight" in state,
-        latent_scale=KL16_SCALE,
     )
+    same = (settings.stride, settings.z_channels) == (Kl().stride, Kl().z_channels)
+    return replace(settings, latent_scale=KL16_SCALE) if same else settings

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hmar_cli.data.cache import Array, CacheSettings
-from hmar_cli.data.images import ImageSource
+from hmar_cli.data.images import Example, ImageSource
 from hmar_cli.data.transforms import Pixels, image_transform, shrink, to_tensor
 from hmar_cli.data.writer import Encode
 from hmar_cli.errors import UserError
@@ -104,8 +104,8 @@ def measure_latent_scale(
 ) -> float:
     """Measure what latents must be multiplied by for a standard deviation of 1.
 
-    The deviation is that of all numbers together, of one draw from the posterior of each of the first 1024
-    images (as Rombach et al. 2022 rescale theirs).
+    The deviation is that of all numbers together, of one draw from the posterior of each of 1024 images
+    from all over the source (as Rombach et al. 2022 rescale theirs).
 
     Args:
         tokenizer: the autoencoder, on the device that it is to run on.
@@ -123,7 +123,7 @@ def measure_latent_scale(
     limit = MEASURED if settings.length is None else min(MEASURED, settings.length)
     device, rng = next(tokenizer.parameters()).device, np.random.default_rng(0)
     count, total, squares = 0, 0.0, 0.0
-    for batch in _groups(source, limit, batch_size):
+    for batch in _groups(_spread(source, settings.length, limit), batch_size):
         pixels = np.stack([cut(image, rng) for image in batch])
         with torch.inference_mode():
             moments = tokenizer.moments(_images(pixels, device)).cpu()
@@ -134,17 +134,24 @@ def measure_latent_scale(
         count, total = count + latents.numel(), total + float(latents.sum())
         squares += float(latents.square().sum())
     if not count:
-        raise UserError(f"none of the first {limit} images of {source.name} could be used")
+        raise UserError(f"none of {limit} images of {source.name} could be used")
     variance = squares / count - (total / count) ** 2
     if not variance > 0 or not math.isfinite(variance):
         raise UserError(f"the tokenizer's latents have variance {variance}", "train it anew")
     return float(f"{variance**-0.5:.4g}")
 
 
-def _groups(source: ImageSource, limit: int, size: int) -> Iterator[list[Image.Image]]:
-    """The usable ones among the first `limit` images, `size` at a time."""
+def _spread(source: ImageSource, length: int | None, limit: int) -> Iterator[Example]:
+    """Images at even distances, since folders come sorted by class; of a stream the first ones."""
+    if length is None or not source.random_access:
+        return source.read(0, limit)
+    return (decode() for decode in source.pick(np.linspace(0, length - 1, limit).astype(int).tolist()))
+
+
+def _groups(examples: Iterator[Example], size: int) -> Iterator[list[Image.Image]]:
+    """The usable ones among some images, `size` at a time."""
     group: list[Image.Image] = []
-    for example in source.read(0, limit):
+    for example in examples:
         if example.image is not None:
             group.append(example.image)
         if len(group) == size:

@@ -44,6 +44,7 @@ class TimeEmbedding(nn.Module):
         self.fc2 = nn.Linear(width, width)
         for layer in (self.fc1, self.fc2):
             nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, t: Tensor) -> Tensor:
         """Map timesteps [...] on the scale 0 to 999 to [..., W]."""
