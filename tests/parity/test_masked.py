@@ -286,9 +286,41 @@ def test_mar_training(path: Path) -> None:
         t=per_masked(case["rand.train.t"], 2, hidden),
         noise=per_masked(case["rand.train.noise"], 2, hidden),
     )
-    loss = objective.dense_loss(tokens, case.model.context(case["in.train.labels"]), None, draws)
+    context = case.model.context(case["in.train.labels"])
+    known = gather_tokens(tokens, draws.visible_places)
+    encoded = case.model.encode(context, case.model.token_proj(known), draws.visible_places, phase=0)
+    case.close(encoded, "out.train.encoder")
+    case.close(case.model.dense_phase(context, None, known, draws.visible_places), "out.train.z")
+    loss = objective.dense_loss(tokens, context, None, draws)
     case.close(loss, "out.train.loss")
     case.close(gradient_norms(case, loss), "out.train.grad_norm")
+
+
+def check_intermediates(
+    case: Case,
+    pivots: Tensor,
+    dense: Tensor,
+    context: Tensor,
+    first: Draws,
+    second: Draws,
+    without: Tensor,
+    variant: str,
+) -> None:
+    """Transformer outputs of both phases, and which pivots phase 2 sees."""
+    model, places = case.model, first.visible_places
+    known = gather_tokens(pivots, places)
+    case.close(model.encode(context, model.pivot_proj(known), places, phase=0), "out.train.p1.encoder")
+    z = model.pivot_phase(context, known, places)
+    case.close(z, "out.train.p1.z")
+    case.close(z, "out.train.small_z")
+    visible = torch.zeros(pivots.shape[:2], dtype=torch.bool).scatter(1, places, True)
+    assert torch.equal(visible, case["out.train.small_keep_learned"].bool())
+    if variant == "mixed":
+        assert without.any() and not without.all()
+        guides = model.guides(z.detach(), visible | without[:, None])
+        places = second.visible_places
+        z = model.dense_phase(context, guides, gather_tokens(dense, places), places)
+        case.close(z, "out.train.mixed.p2.z")
 
 
 @himar
@@ -322,6 +354,7 @@ def test_himar_training(path: Path, variant: str) -> None:
     u = case[f"in.train.{variant}.cond_drop_u"]
     objective = MaskedArTraining(case.model, MaskedArObjective(repeats=2), 1.0)
     context = case.model.context(case["in.train.labels"])
+    check_intermediates(case, pivots, dense, context, first, second, u < chance, variant)
     loss, metrics = objective.two_phases(pivots, dense, context, first, second, u < chance)
     case.close(objective.settings.pivot_weight / (64 / 320) * metrics["pivot_loss"], "out.train.loss1")
     case.close(
