@@ -107,7 +107,8 @@ def sample_masked(
     if model.pivot_grid is not None:
         pivots, guides = run.pivot_phase(first)
     dense = run.dense_phase(guides, second)
-    if not (dense.isfinite().all() and (pivots is None or pivots.isfinite().all())):
+    finite = dense.isfinite().all() if pivots is None else dense.isfinite().all() & pivots.isfinite().all()
+    if not finite:
         raise FloatingPointError("the model's latents are not finite")
     return Sampled(
         _picture(dense, model.grid), None if pivots is None else _picture(pivots, model.pivot_grid)

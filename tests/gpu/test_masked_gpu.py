@@ -1,5 +1,7 @@
 """MAR and Hi-MAR on a GPU: no waiting, compiled heads, bf16, training steps that agree with the CPU's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -93,6 +95,22 @@ def test_samples_are_those_of_the_cpu(pivots: str) -> None:
     model.cuda()
     on_gpu = sample_masked(model, labels.cuda(), SETTINGS, PhiloxNoise(3, images.cuda())).latents
     assert ((on_gpu.cpu() - on_cpu).abs().max() / on_cpu.abs().max()).item() < 1e-3
+
+
+@pytest.mark.parametrize("head_sampler", ["ddpm", "dpm++"])
+@pytest.mark.parametrize("pivots", ["none", "conditional"])
+def test_sampling_never_waits_for_the_device(pivots: str, head_sampler: str) -> None:
+    """One look at the device a call, at the end: whether all numbers were finite."""
+    model, labels, images = built(pivots).cuda(), torch.arange(4).cuda(), torch.arange(4).cuda()
+    settings = replace(SETTINGS, head_sampler=head_sampler)  # type: ignore[arg-type]
+    sample_masked(model, labels, settings, PhiloxNoise(3, images))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError) as waited:
+            sample_masked(model, labels, settings, PhiloxNoise(3, images))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert any("if not finite" in str(entry.statement) for entry in waited.traceback)
 
 
 @pytest.mark.parametrize("pivots", ["none", "conditional"])
