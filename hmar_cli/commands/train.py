@@ -1,4 +1,4 @@
-"""`hmar train`: train a tokenizer or a classifier on images, or a model on a cache of tokens."""
+"""`hmar train`: train a tokenizer or a classifier on images, or a model on a cache."""
 
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hmar_cli.training.trainer import Outcome
 
 EXAMPLES = """
-Train a tokenizer or a classifier on images, or a model on a cache of tokens.
+Train a tokenizer or a classifier on images, or a model on a cache of tokens or latents.
 
 The run folder gets checkpoints, `metrics.jsonl`, TensorBoard files and pictures. Ctrl-C finishes the step
 and saves; `--resume` goes on from the newest checkpoint, on a CPU with exactly the numbers of a run never stopped.
@@ -24,6 +24,9 @@ and saves; `--resume` goes on from the newest checkpoint, on a CPU with exactly 
 - `hmar train --recipe hmar-cifar10 --data caches/cifar10 --set train.batch_size=512 --set train.steps=2000`
 - `hmar train --recipe hmar-cifar10 --data caches/cifar10 --resume`
 - `hmar train --recipe hmar-d16 --data caches/imagenet --launch 8`
+- `hmar train --recipe kl-tiny`
+- `hmar train --recipe himar-l --data caches/imagenet-latents --launch 8`
+- `hmar train --recipe himar-scenes --data caches/scenes --set text.depth=6`
 - `hmar train --recipe hmar-tiny --data caches/pets --init runs/hmar-tiny --out runs/pets`
 - `hmar train --recipe var-d16 --data caches/imagenet --dry-run`
 - `hmar train --recipe classifier-cifar10 --data cifar10-train.parquet`
