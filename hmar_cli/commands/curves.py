@@ -16,6 +16,7 @@ middle scales are what image quality follows (HMAR supplement, Fig. 16).
 
 **Examples**
 
+- `hmar curves runs/himar-cifar10 --metric dense_loss --out dense.png`
 - `hmar curves runs/var-cifar10 runs/hmar-cifar10 --out curves.png`
 - `hmar curves runs/hmar-cifar10 --metric cross_entropy`
 - `hmar curves runs/msvq-tiny --metric psnr --json`
@@ -66,6 +67,8 @@ def names(runs: list[Path]) -> list[str]:
 def scale_count(run: Path) -> int:
     """Scales of a run's models, by its recipe; 0 if it has none."""
     from hmar_cli.recipe import load_recipe
+    from hmar_cli.settings import Msvq
 
     path = run / "recipe.toml"
-    return len(load_recipe(str(path)).scales) if path.is_file() else 0
+    recipe = load_recipe(str(path)) if path.is_file() else None
+    return len(recipe.scales) if recipe and isinstance(recipe.tokenizer, Msvq) else 0

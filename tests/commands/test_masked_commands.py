@@ -129,6 +129,11 @@ def test_both_losses_are_logged_apart(world: Path) -> None:
     assert (world / "himar" / "samples" / "step-00000002.png").is_file()
 
 
+def test_curves_of_either_loss(world: Path, tmp_path: Path) -> None:
+    done("curves", world / "himar", "--metric", "dense_loss", "--out", tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 100
+
+
 def test_the_latent_scale_travels_with_the_model(world: Path) -> None:
     scale = json.loads((world / "cache" / "manifest.json").read_text())["latent_scale"]
     assert scale > 0
