@@ -13,7 +13,7 @@ from hmar_cli.builders import build_model
 from hmar_cli.checkpoints.published_masked import masked_key
 from hmar_cli.recipe import load_recipe
 from hmar_cli.sampling.masked import guidance, mask_lengths
-from hmar_cli.settings import Data, Kl, MaskedAr, Masking, Optim, Recipe
+from hmar_cli.settings import Data, Kl, MaskedAr, MaskedArObjective, Masking, Optim, Recipe
 from hmar_cli.training.masked import MaskedArTraining, mask_ratio, masked_count, pivot_drop
 from hmar_cli.training.schedules import learning_rate_factor
 
@@ -131,7 +131,7 @@ def test_groups_of_weight_decay(family: str, pivots: Any) -> None:
     recipe = Recipe(data=Data(size=64, pivot_size=32), tokenizer=Kl(), model=model)
     with torch.device("meta"):
         network = build_model(recipe)
-    objective = MaskedArTraining(network)  # type: ignore[arg-type]
+    objective = MaskedArTraining(network, MaskedArObjective(), 1.0)  # type: ignore[arg-type]
     groups: dict[bool, set[str]] = {True: set(), False: set()}
     for name, parameter in objective.model.named_parameters():
         groups[objective.undecayed(name, parameter)].add(name)
