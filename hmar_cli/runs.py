@@ -219,8 +219,24 @@ def model_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job
             raise other_tokenizer(
                 f"--init {origin.folder}", origin.tokenizer_hash, cache.manifest.tokenizer_hash
             )
+        check_latent_scale(origin, recipe)
         licence = origin.licence
     return cache_job(recipe, cache, tokenizer, model, licence)
+
+
+def check_latent_scale(origin: Checkpoint, recipe: Recipe) -> None:
+    """Refuse weights that know latents of another scale than the cache's.
+
+    Raises:
+        UserError: with both scales.
+    """
+    old, new = (getattr(each.tokenizer, "latent_scale", 0.0) for each in (origin.recipe, recipe))
+    if old and old != new:
+        raise UserError(
+            f"--init {origin.folder} was trained on latents of scale {old:g}, the cache's have {new:g}",
+            "make the cache with that checkpoint's tokenizer: hmar tokenize SOURCE "
+            f"--tokenizer {origin.folder} --out CACHE",
+        )
 
 
 def masked_job(base: Checkpoint, recipe: Recipe, options: Options, start: Checkpoint | None) -> Job:
@@ -383,11 +399,11 @@ def initialize(model: Model, origin: Checkpoint, class_names: tuple[str, ...]) -
     weights = {name: w for name, w in origin.load().items() if not name.startswith("masked.")}
     key = "class_embed.weight"
     fresh = model.state_dict().get(key)
-    theirs = weights.get(key)
-    if fresh is None or theirs is None or fresh.shape[1] != theirs.shape[1]:
-        pass  # no classes, or another model: loading says what does not fit
-    elif origin.class_names != class_names:
-        weights[key], found = remap_class_embedding(theirs, fresh.cpu(), origin.class_names, class_names)
+    fits = fresh is not None and key in weights and fresh.shape[1] == weights[key].shape[1]
+    if fresh is not None and fits and origin.class_names != class_names:
+        weights[key], found = remap_class_embedding(
+            weights[key], fresh.cpu(), origin.class_names, class_names
+        )
         what = f"class embeddings: {found} of {len(class_names)} classes found by name in {origin.folder}"
         console.print(what, soft_wrap=True)
     load_weights(model, weights, origin.folder)

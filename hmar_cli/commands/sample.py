@@ -237,8 +237,7 @@ def sample(
         "pivot_head_steps": pivot_head_steps,
     }
     resolved = resolve(source, {name: value for name, value in flags.items() if value is not None})
-    model_settings = source.recipe.model
-    if pivots and getattr(model_settings, "pivots", "none") == "none":
+    if pivots and getattr(source.recipe.model, "pivots", "none") == "none":
         raise UserError(f"{source.folder} has no pivots to write", "leave out --pivots")
     if compile and source.recipe.sample.kind != "masked-ar":
         raise UserError("--compile is for the heads of MAR and Hi-MAR", "leave it out")
@@ -259,10 +258,9 @@ def sample(
     if text is not None:
         from hmar_cli.data.captions import caption_encoder
 
-        encoder = functools.cache(
-            functools.partial(caption_encoder, text)
-        )  # made once, on this process's device
-        conditions = Prompts(tuple(prompts), encoder)
+        # an encoder for the device of this process, made once
+        encoders = functools.cache(functools.partial(caption_encoder, text))
+        conditions = Prompts(tuple(prompts), encoders)
     job = Job(
         settings=resolved,
         conditions=conditions,
@@ -371,6 +369,11 @@ def resolve(checkpoint: "Checkpoint", given: dict[str, Any]) -> "NextScaleSample
         )
     if isinstance(settings, NextScaleSample):
         return _resolve_next_scale(checkpoint, settings, given)
+    phase1 = [f"--{name.replace('_', '-')}" for name in given if name.startswith("pivot_")]
+    if phase1 and getattr(recipe.model, "pivots", "none") == "none":
+        raise UserError(
+            f"{checkpoint.folder} is a MAR, which has no pivots for {', '.join(phase1)}", "leave them out"
+        )
     sampler = given.get("head_sampler", settings.head_sampler)
     if (sampler == "ddpm") != (settings.head_sampler == "ddpm"):  # the recipe's steps are not for this one
         steps = SLOW_STEPS if sampler == "ddpm" else FAST_STEPS

@@ -1,6 +1,7 @@
 """MAR and Hi-MAR from images to images, by the commands alone, at the smallest size that shows every step."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,9 @@ def test_pivots_are_written_beside_the_images(world: Path, tmp_path: Path) -> No
     assert sample(world, "himar", tmp_path / "a", "--count", 2, "--pivots").exit_code == 0
     assert pictures(tmp_path / "a", "0*-pivots.png").shape == (2, 8, 8, 3)
     assert (tmp_path / "a" / "grid-pivots.png").is_file()
-    refused = sample(world, "mar", tmp_path / "b", "--pivots")
-    assert refused.exit_code == 2 and "has no pivots" in refused.stderr
+    for flags in (("--pivots",), ("--pivot-cfg", 2), ("--pivot-steps", 2)):
+        refused = sample(world, "mar", tmp_path / "b", *flags)
+        assert refused.exit_code == 2 and "has no pivots" in " ".join(refused.stderr.split())
 
 
 def test_guidance_of_phase_two_alone_can_be_off(world: Path, tmp_path: Path) -> None:
@@ -242,6 +244,18 @@ def test_a_cache_of_the_other_kind_is_refused(world: Path, tmp_path: Path) -> No
     result = hmar(*train)
     assert result.exit_code == 2
     assert "contents: latents in the cache, tokens in the recipe" in " ".join(result.stderr.split())
+
+
+def test_weights_of_another_latent_scale_are_no_start(world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(world / "mar", other)
+    for recipe in other.glob("step-*/recipe.toml"):
+        text = recipe.read_text()
+        recipe.write_text(re.sub(r"latent_scale = [\d.]+", "latent_scale = 0.125", text))
+    train = ("train", "--recipe", world / "mar.toml", "--data", world / "cache", "--out", tmp_path / "a")
+    refused = hmar(*train, "--init", other)
+    assert refused.exit_code == 2 and "latents of scale 0.125" in " ".join(refused.stderr.split())
+    done(*train, "--init", world / "mar", "--device", "cpu")
 
 
 def test_a_model_of_the_other_family_cannot_be_the_start(world: Path, tmp_path: Path) -> None:
