@@ -127,7 +127,10 @@ def _masked_model(recipe: Recipe, model: MaskedAr) -> MaskedTransformer:
         )
         width, context = text.width, text.context_length
     elif isinstance(recipe.text, ClipText):
-        context, width = tower_size(recipe.text.tower)
+        try:
+            context, width = tower_size(recipe.text.tower)
+        except ValueError as error:
+            raise UserError(f"text.tower: {error}", "`hmar recipes show` prints the recipe's") from error
     return MaskedTransformer(
         pivot_head=_head(recipe, model, "pivot", recipe.pivot_grid) if model.pivots != "none" else None,
         dense_head=_head(recipe, model, "dense", recipe.grid),

@@ -12,6 +12,7 @@ from hmar_cli.errors import UserError
 if TYPE_CHECKING:
     from hmar_cli.checkpoints.store import Checkpoint
     from hmar_cli.models.scales import Scales, Schedule
+    from hmar_cli.sampling.images import Conditions
     from hmar_cli.settings import ClipText, JointText, MaskedArSample, NextScaleSample
 
 EXAMPLES = """
@@ -237,10 +238,7 @@ def sample(
         "pivot_head_steps": pivot_head_steps,
     }
     resolved = resolve(source, {name: value for name, value in flags.items() if value is not None})
-    if pivots and getattr(source.recipe.model, "pivots", "none") == "none":
-        raise UserError(f"{source.folder} has no pivots to write", "leave out --pivots")
-    if compile and source.recipe.sample.kind != "masked-ar":
-        raise UserError("--compile is for the heads of MAR and Hi-MAR", "leave it out")
+    check_switches(source, pivots, compile)
     prompts = read_prompts(prompt or [], prompt_file)
     check_condition(source, labels, prompts)
     text = text_settings(source, text_weights)
@@ -250,20 +248,13 @@ def sample(
     from hmar_cli.builders import load_model
     from hmar_cli.console import console
     from hmar_cli.models.masked import MaskedTransformer
-    from hmar_cli.sampling.images import Conditions, Job, Keep, Labels, Prompts, draw_images
+    from hmar_cli.sampling.images import Job, Keep, draw_images
     from hmar_cli.sampling.masked import compile_heads
 
     model, codec, _ = load_model(checkpoint, weights, tokenizer)
-    conditions: Conditions = Labels(tuple(classes))
-    if text is not None:
-        from hmar_cli.data.captions import caption_encoder
-
-        # an encoder for the device of this process, made once
-        encoders = functools.cache(functools.partial(caption_encoder, text))
-        conditions = Prompts(tuple(prompts), encoders)
     job = Job(
         settings=resolved,
-        conditions=conditions,
+        conditions=conditions_for(text, classes, prompts),
         count=count or len(prompts) or len(classes),
         seed=seed,
         batch_size=batch_size or source.recipe.sample.batch_size,
@@ -289,6 +280,31 @@ def sample(
         console.print(f"{job.count} images in {out}, together in {out / 'grid.png'}")
     if as_json or dry_run:
         print(json.dumps(about, indent=2, ensure_ascii=False))
+
+
+def check_switches(checkpoint: "Checkpoint", pivots: bool, compile: bool) -> None:
+    """Refuse switches that a model has no use for.
+
+    Raises:
+        UserError: pivots of a model without, or compiled heads of one that has none.
+    """
+    if pivots and getattr(checkpoint.recipe.model, "pivots", "none") == "none":
+        raise UserError(f"{checkpoint.folder} has no pivots to write", "leave out --pivots")
+    if compile and checkpoint.recipe.sample.kind != "masked-ar":
+        raise UserError("--compile is for the heads of MAR and Hi-MAR", "leave it out")
+
+
+def conditions_for(
+    text: "ClipText | JointText | None", classes: list[int], prompts: list[str]
+) -> "Conditions":
+    """What the images are of: prompts for a model that reads them, else classes."""
+    from hmar_cli.data.captions import caption_encoder
+    from hmar_cli.sampling.images import Labels, Prompts
+
+    if text is None:
+        return Labels(tuple(classes))
+    # an encoder for the device of this process, made once
+    return Prompts(tuple(prompts), functools.cache(functools.partial(caption_encoder, text)))
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:

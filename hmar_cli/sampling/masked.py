@@ -110,15 +110,10 @@ def sample_masked(
     finite = dense.isfinite().all() if pivots is None else dense.isfinite().all() & pivots.isfinite().all()
     if not finite:
         raise FloatingPointError("the model's latents are not finite")
-    return Sampled(
-        _picture(dense, model.grid), None if pivots is None else _picture(pivots, model.pivot_grid)
-    )
-
-
-def _picture(tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Tokens [B, n, C] as a map [B, C, h, w]."""
-    assert grid is not None
-    return torch.unflatten(tokens.transpose(1, 2), 2, grid)
+    pivot_map = None
+    if pivots is not None and model.pivot_grid is not None:
+        pivot_map = torch.unflatten(pivots.transpose(1, 2), 2, model.pivot_grid)
+    return Sampled(torch.unflatten(dense.transpose(1, 2), 2, model.grid), pivot_map)
 
 
 class _Run:

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hmar_cli.builders import build_model
+from hmar_cli.errors import UserError
 from hmar_cli.models.text import VOCABULARY, ClipTextEncoder, JointTextEncoder, tokenize, tower_size
+from hmar_cli.recipe import load_recipe
 
 CAPTIONS = ["a red circle left of a blue square", "", "an orange book, flat style " * 20]
 TEXT = {"context_length": 12, "vocab_size": VOCABULARY, "width": 64, "heads": 1, "layers": 2}
@@ -259,3 +262,8 @@ def test_wrong_arguments_of_the_joint_encoder() -> None:
     encoder = JointTextEncoder(width=32, depth=1, heads=2, context_length=12)
     with pytest.raises(ValueError, match=r"\[B, 12\], got \(1, 8\)"):
         encoder(torch.zeros(1, 8, dtype=torch.int64))
+
+
+def test_a_recipe_with_an_unknown_tower_is_told_in_one_line():
+    with pytest.raises(UserError, match=r"text\.tower: expected a tower of open_clip .* got 'ViT-X'"):
+        build_model(load_recipe("himar-s-coco", ["text.tower=ViT-X"]))
