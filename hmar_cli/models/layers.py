@@ -105,7 +105,7 @@ class ScaleAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        lengths: tuple[int, ...],
+        sides: tuple[tuple[int, int], ...],
         cache: KeyValueCache | None = None,
         block: int = 0,
     ) -> Tensor:
@@ -113,19 +113,24 @@ class ScaleAttention(nn.Module):
 
         Args:
             x: tokens, [B, N, C].
-            lengths: tokens of each scale that the keys span; x is the end of it when a cache holds the rest.
+            sides: the scales that the keys span; x is the end of them when a cache holds the rest.
             cache: keys and values of earlier scales.
             block: this layer's place in the cache.
         """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)  # [B, N, 3C]
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(dim=2)  # 3 x [B, N, H, D]
-        temperature = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()[:, None]  # [H, 1]
-        q = (F.normalize(q.float(), dim=-1) * temperature).to(v.dtype)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
+        temperature = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()  # [H]
+        if cache is None:
+            out = scale_attention(
+                qkv, sides, self.pattern, head_scale=temperature, implementation=self.implementation
+            )
+            return self.proj(out.flatten(2))  # type: ignore[no-any-return]
+        q, k, v = qkv.unbind(dim=2)  # 3 x [B, N, H, D]
+        q = (F.normalize(q.float(), dim=-1) * temperature[:, None]).to(v.dtype)
         k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        if cache is not None:
-            k, v = cache.extend(block, sum(lengths) - x.shape[1], k, v)
-        out = scale_attention(q, k, v, lengths, self.pattern, implementation=self.implementation)
+        keys, values = cache.extend(block, sum(h * w for h, w in sides) - x.shape[1], k, v)
+        out = scale_attention((q, keys, values), sides, self.pattern, implementation=self.implementation)
         return self.proj(out.flatten(2))  # type: ignore[no-any-return]
 
 
@@ -216,13 +221,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         condition: Tensor,
-        lengths: tuple[int, ...],
+        sides: tuple[tuple[int, int], ...],
         cache: KeyValueCache | None = None,
         block: int = 0,
     ) -> Tensor:
         """Transform x [B, N, C] under `condition`: [B, C], or shared vectors [B, 6, 1, C]."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.adaln(condition).unbind(dim=1)  # 6 x [B, 1, C]
-        attended = self.attention(self.norm(x) * (1 + scale1) + shift1, lengths, cache, block)
+        attended = self.attention(self.norm(x) * (1 + scale1) + shift1, sides, cache, block)
         x = x + drop_path(gamma1 * attended, self.drop_path_rate, self.training)
         fed = self.feed_forward(self.norm(x) * (1 + scale2) + shift2)
         return x + drop_path(gamma2 * fed, self.drop_path_rate, self.training)

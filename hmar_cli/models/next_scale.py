@@ -165,7 +165,7 @@ class NextScaleTransformer(nn.Module):
         class_embedding = self.class_embed(labels)  # [B, C]
         x = torch.cat([self._start(class_embedding), self._embed(inputs, own, mask)], dim=1)  # [B, L, C]
         x = x + self.level_embed(self.level) + self.pos_embed
-        return self._transform(x, class_embedding, self.scales.lengths, own is not None)
+        return self._transform(x, class_embedding, self.scales.grids, own is not None)
 
     def forward_scale(
         self,
@@ -192,8 +192,8 @@ class NextScaleTransformer(nn.Module):
         class_embedding = self.class_embed(labels)
         x = self._start(class_embedding) if inputs is None else self._embed(inputs, own, mask)
         x = x + self.level_embed.weight[k] + self.pos_embed[:, self.scales.slice(k)]
-        lengths = self.scales.lengths[: k + 1] if cache is not None else self.scales.lengths[k : k + 1]
-        return self._transform(x, class_embedding, lengths, own is not None, cache)
+        sides = self.scales.grids[: k + 1] if cache is not None else self.scales.grids[k : k + 1]
+        return self._transform(x, class_embedding, sides, own is not None, cache)
 
     def make_cache(self, batch: int, dtype: torch.dtype) -> KeyValueCache | None:
         """Allocate the key-value cache for `batch` rows; None for the diagonal pattern, which needs none."""
@@ -222,7 +222,7 @@ class NextScaleTransformer(nn.Module):
         self,
         x: Tensor,
         class_embedding: Tensor,
-        lengths: tuple[int, ...],
+        sides: tuple[tuple[int, int], ...],
         masked: bool,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
@@ -234,5 +234,5 @@ class NextScaleTransformer(nn.Module):
             blocks[len(blocks) - len(self.masked.blocks) :] = list(self.masked.blocks)
             head = self.masked.head
         for i, block in enumerate(blocks):
-            x = block(x, condition, lengths, cache, i)
+            x = block(x, condition, sides, cache, i)
         return head(x, class_embedding)  # type: ignore[no-any-return]

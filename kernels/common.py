@@ -1,0 +1,59 @@
+"""What several implementations need: normalised queries and keys, and tables that are made once.
+
+Letters: B batch, L keys, N queries, H heads, D head size.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Result = TypeVar("Result", bound=Callable[..., Any])
+
+TABLES = 32
+"""Tables of each kind that are kept; a training run needs one, a benchmark a dozen."""
+
+
+def normalize(q: Tensor, k: Tensor, head_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Divide q [B, N, H, D] and k [B, L, H, D] by their lengths over D, and multiply q by head_scale [H].
+
+    The arithmetic is in float32 or wider; results are rounded to the dtypes that came in. Without a head scale
+    both stay as they are.
+    """
+    if head_scale is None:
+        return q, k
+    wide = torch.promote_types(q.dtype, torch.float32)
+    unit = F.normalize(q.to(wide), dim=-1) * head_scale.to(wide)[:, None]
+    return unit.to(q.dtype), F.normalize(k.to(wide), dim=-1).to(k.dtype)
+
+
+def table(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate a function of hashable arguments that makes a constant tensor: it is made once.
+
+    In a compiled graph the tensor is a constant, too. It is made outside of inference mode, so that a table
+    which sampling made can be used in training.
+    """
+
+    @functools.lru_cache(maxsize=TABLES)
+    def made(*args: object) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args)
+
+    @functools.wraps(make)
+    def look_up(*args: object) -> Tensor:
+        return made(*args)
+
+    return constant(look_up)
+
+
+def constant(function: Result) -> Result:
+    """Decorate a function of constants that compiled graphs call while they are traced, keeping its result."""
+    return torch.compiler.assume_constant_result(function)  # type: ignore[no-any-return]
+
+
+def scale_index(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """The scale of each token, [L] int64, made on the device without a copy from the host."""
+    return torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(lengths)])
