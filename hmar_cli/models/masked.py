@@ -98,13 +98,13 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(width, round(width * mlp_ratio), exact=True, dropout=dropout)
         self.modulation = None if kind == "none" else BlockModulation(width, phases, kind)
 
-    def forward(self, x: Tensor, v: Tensor | None, phase: int) -> Tensor:
-        """Transform x [B, n, D] under the scale vector v."""
+    def forward(self, x: Tensor, v: Tensor | None, phase: int, visible: Tensor | None = None) -> Tensor:
+        """Transform x [B, n, D] under the scale vector v; tokens see those that are `visible`, [n] bool."""
         if self.modulation is None or v is None:
-            x = x + self.attention(self.norm1(x))
+            x = x + self.attention(self.norm1(x), visible)
             return x + self.feed_forward(self.norm2(x))  # type: ignore[no-any-return]
         alpha1, beta1, gamma1, alpha2, beta2, gamma2 = self.modulation(v, phase)
-        x = x + gamma1 * self.attention(alpha1 * self.norm1(x) + beta1)
+        x = x + gamma1 * self.attention(alpha1 * self.norm1(x) + beta1, visible)
         return x + gamma2 * self.feed_forward(alpha2 * self.norm2(x) + beta2)  # type: ignore[no-any-return]
 
 
@@ -142,11 +142,11 @@ class Stack(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, x: Tensor, phase: int) -> Tensor:
-        """Run the blocks on x [B, n, D]."""
+    def forward(self, x: Tensor, phase: int, visible: Tensor | None = None) -> Tensor:
+        """Run the blocks on x [B, n, D], of whose tokens those are seen that are `visible`, [n] bool."""
         v = None if self.scale_vector is None else self.scale_vector(phase)
         for block in self.blocks:
-            x = block(x, v, phase)
+            x = block(x, v, phase, visible)
         return self.norm(x)  # type: ignore[no-any-return]
 
 
@@ -263,21 +263,31 @@ class MaskedTransformer(nn.Module):
             return nothing.expand_as(context)
         return torch.where(dropped[:, None, None], nothing, context)
 
-    def pivot_phase(self, context: Tensor, known: Tensor, places: Tensor) -> Tensor:
+    def pivot_phase(
+        self, context: Tensor, known: Tensor, places: Tensor, visible: Tensor | None = None
+    ) -> Tensor:
         """Phase 1: conditional tokens of the pivots.
 
         Args:
             context: [B, G, D].
             known: visible pivots [B, V, C].
             places: where they are, [B, V] int64 below S.
+            visible: which of them are visible after all, [V] bool; the others only fill the room.
 
         Returns:
             [B, S, D].
         """
-        encoded = self.encode(context, self.pivot_proj(known), places, phase=0)
-        return self.decode(encoded, places, phase=0)[:, : self.pivot_count]
+        encoded = self.encode(context, self.pivot_proj(known), places, phase=0, visible=visible)
+        return self.decode(encoded, places, phase=0, visible=visible)[:, : self.pivot_count]
 
-    def dense_phase(self, context: Tensor, guides: Tensor | None, known: Tensor, places: Tensor) -> Tensor:
+    def dense_phase(
+        self,
+        context: Tensor,
+        guides: Tensor | None,
+        known: Tensor,
+        places: Tensor,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """Phase 2, or MAR's only one: conditional tokens of the dense tokens.
 
         Args:
@@ -285,6 +295,7 @@ class MaskedTransformer(nn.Module):
             guides: what is known of the pivots, [B, S, D] (see `guides`); None for MAR.
             known: visible dense tokens [B, V, C].
             places: where they are, [B, V] int64 below N.
+            visible: as in `pivot_phase`.
 
         Returns:
             [B, N, D].
@@ -294,8 +305,10 @@ class MaskedTransformer(nn.Module):
             x = torch.cat([guides.to(x.dtype), x], dim=1)  # [B, S + V, D]
             every = torch.arange(self.pivot_count, device=x.device).expand(len(x), -1)
             places = torch.cat([every, places], dim=1)
-        encoded = self.encode(context, x, places, phase=self.phases - 1)
-        return self.decode(encoded, places, phase=self.phases - 1)[:, self.pivot_count :]
+            if visible is not None:
+                visible = F.pad(visible, (self.pivot_count, 0), value=True)  # [S + V]
+        encoded = self.encode(context, x, places, phase=self.phases - 1, visible=visible)
+        return self.decode(encoded, places, phase=self.phases - 1, visible=visible)[:, self.pivot_count :]
 
     def guides(self, pivots: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Embed phase 1's result for phase 2, [B, S, D].
@@ -309,20 +322,27 @@ class MaskedTransformer(nn.Module):
             return shown  # type: ignore[no-any-return]
         return torch.where(hidden[..., None], self.pivot_proj(self.empty_pivots), shown)
 
-    def encode(self, context: Tensor, x: Tensor, places: Tensor, phase: int) -> Tensor:
+    def encode(
+        self, context: Tensor, x: Tensor, places: Tensor, phase: int, visible: Tensor | None = None
+    ) -> Tensor:
         """Encode context and visible tokens x [B, V, D]: [B, G + V, D]."""
         position = self.encoder.pos_embed[phase]  # [G + L, D]
         x = torch.cat(
             [context + position[: self.context_length], x + position[self.context_length :][places]], dim=1
         )
-        return self.encoder(self.token_norm(x), phase)  # type: ignore[no-any-return]
+        if visible is not None:
+            visible = F.pad(visible, (self.context_length, 0), value=True)  # [G + V]
+        return self.encoder(self.token_norm(x), phase, visible)  # type: ignore[no-any-return]
 
-    def decode(self, encoded: Tensor, places: Tensor, phase: int) -> Tensor:
+    def decode(self, encoded: Tensor, places: Tensor, phase: int, visible: Tensor | None = None) -> Tensor:
         """Conditional tokens of all places, [B, L, D]; mask tokens stand where nothing is visible."""
         y = self.decoder_embed(encoded)  # [B, G + V, D]
         total = len(self.head_pos_embed)
         masks = self.mask_token[phase].to(y.dtype).expand(len(y), total, -1)  # [B, L, D]
-        tokens = scatter_tokens(masks, places, y[:, self.context_length :])
+        seen = y[:, self.context_length :]  # [B, V, D]
+        if visible is not None:
+            seen = torch.where(visible[:, None], seen, gather_tokens(masks, places))
+        tokens = scatter_tokens(masks, places, seen)
         x = torch.cat([y[:, : self.context_length], tokens], dim=1) + self.decoder.pos_embed[phase]
         x = self.decoder(x, phase)[:, self.context_length :]  # [B, L, D]
         return x + self.head_pos_embed  # type: ignore[no-any-return]

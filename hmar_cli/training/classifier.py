@@ -23,6 +23,8 @@ class ClassifierTraining(Objective):
         shift: share of its side by which an image moves at most.
     """
 
+    graphable = True
+
     def __init__(self, model: ImageClassifier, *, label_smoothing: float = 0.1, shift: float = 0.125) -> None:
         super().__init__()
         self.model, self.label_smoothing, self.shift = model, label_smoothing, shift

@@ -5,8 +5,10 @@ the transformer, G context tokens.
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,33 +55,86 @@ def pivot_drop(elapsed: float, keep: float, warmup: float) -> float:
     return 1 - keep * (min(1.0, elapsed / warmup) if warmup else 1.0)
 
 
+class Count(NamedTuple):
+    """How many of a phase's n tokens are masked in a step.
+
+    Where shapes have to be fixed before the count is known, tokens get room to spare, and which of them count is
+    decided on the device.
+
+    Attributes:
+        masked: an int, or an int64 scalar on the device.
+        hidden: room for masked tokens, M.
+        seen: room for visible ones, V; M + V = n without room to spare.
+    """
+
+    masked: int | Tensor
+    hidden: int
+    seen: int
+
+    @classmethod
+    def exact(cls, masked: int, total: int) -> "Count":
+        """Without room to spare."""
+        return cls(masked, masked, total - masked)
+
+    @classmethod
+    def roomy(cls, masked: Tensor, seen: int, total: int) -> "Count":
+        """For a count on the device with at most `seen` visible tokens (see `room_for`)."""
+        return cls(masked, min(total, total - seen + room_step(total)), seen)
+
+
+def room_step(total: int) -> int:
+    """Steps in which the room for visible tokens grows: eighths, for few shapes and little waste."""
+    return max(4, total // 8)
+
+
+def room_for(seen: int, total: int) -> int:
+    """Room for `seen` visible tokens of `total`, at least one step."""
+    step = room_step(total)
+    return min(total, max(1, math.ceil(seen / step)) * step)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Draws:
     """The random numbers of one phase in one step.
 
     Attributes:
-        order: [B, n] int64, permutations; the first `masked` places of each are masked.
-        masked: how many.
+        order: [B, n] int64, permutations; the first `count.masked` places of each are masked.
+        count: how many are masked.
         dropped: [B] bool, conditions that are left out.
         t: timesteps, [R B, M] of an MLP head or [R B, 1] of a Transformer head.
         noise: [R B, M, C] or [R B, n, C].
     """
 
     order: Tensor
-    masked: int
+    count: Count
     dropped: Tensor
     t: Tensor
     noise: Tensor
 
     @property
     def masked_places(self) -> Tensor:
-        """Masked places [B, M]."""
-        return self.order[:, : self.masked]
+        """Masked places [B, M], with those that fill the room behind them."""
+        return self.order[:, : self.count.hidden]
 
     @property
     def visible_places(self) -> Tensor:
-        """The other places [B, n - M]."""
-        return self.order[:, self.masked :]
+        """The other places [B, V], with those that fill the room in front of them."""
+        return self.order[:, self.order.shape[1] - self.count.seen :]
+
+    @property
+    def visible(self) -> Tensor | None:
+        """Which of `visible_places` are visible, [V] bool; None is all."""
+        if isinstance(self.count.masked, int):
+            return None
+        total = self.order.shape[1]
+        return torch.arange(total - self.count.seen, total, device=self.order.device) >= self.count.masked
+
+    def is_masked(self) -> Tensor:
+        """Whether a place is masked, [B, n] bool."""
+        first = torch.arange(self.order.shape[1], device=self.order.device) < self.count.masked  # [n]
+        return torch.zeros_like(self.order, dtype=torch.bool).scatter(
+            1, self.order, first.expand_as(self.order)
+        )
 
 
 class MaskedArTraining(Objective):
@@ -94,6 +149,8 @@ class MaskedArTraining(Objective):
         latent_scale: factor of the tokenizer's latents.
     """
 
+    graphable = True
+
     def __init__(self, model: MaskedTransformer, settings: MaskedArObjective, latent_scale: float) -> None:
         super().__init__()
         self.networks = {"model": model}
@@ -107,13 +164,16 @@ class MaskedArTraining(Objective):
         return name != "null_embed" and super().undecayed(name, parameter)
 
     def compile_networks(self) -> None:
-        """Compile the blocks, which all share one compiled form; how many tokens they see changes all the time."""
+        """Compile the blocks of the transformer, which share one compiled form, and the heads.
+
+        How many tokens they see changes all the time.
+        """
         model = self.model
-        blocks = [*model.encoder.blocks, *model.decoder.blocks]
-        for head in (model.pivot_head, model.dense_head):
-            blocks += [] if head is None else list(head.blocks)
-        for block in blocks:
+        for block in (*model.encoder.blocks, *model.decoder.blocks):
             block.compile(dynamic=True)
+        for head in (model.pivot_head, model.dense_head):
+            if head is not None:
+                head.compile(dynamic=True)
 
     def forward(self, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of a batch.
@@ -123,16 +183,60 @@ class MaskedArTraining(Objective):
                 "label" [B] or "text" (ids or embeddings).
             progress: share of training that lies behind.
         """
+        counts = [Count.exact(masked, total) for masked, total in self.draw_counts()]
+        return self.losses(batch, counts, self.pivot_drop(progress))
+
+    def draw_shapes(self, progress: float) -> tuple[Hashable, dict[str, float]]:
+        """Draw the counts of masked tokens; the shapes are the rooms for visible ones."""
+        drawn = self.draw_counts()
+        numbers: dict[str, float] = {f"masked_{i}": masked for i, (masked, _) in enumerate(drawn)}
+        rooms = tuple(room_for(total - masked, total) for masked, total in drawn)
+        return rooms, {**numbers, "pivot_drop": self.pivot_drop(progress)}
+
+    def forward_shapes(self, batch: dict[str, Tensor], shapes: Hashable) -> tuple[Tensor, dict[str, Tensor]]:
+        """`forward` under what `draw_shapes` drew."""
+        assert isinstance(shapes, tuple)
+        counts = [
+            Count.roomy(batch[f"masked_{i}"].long(), room, total)
+            for i, (room, total) in enumerate(zip(shapes, self.totals(), strict=True))
+        ]
+        return self.losses(batch, counts, batch["pivot_drop"])
+
+    def totals(self) -> list[int]:
+        """Tokens of each phase, the dense ones last."""
+        grids = [*([self.model.pivot_grid] if self.model.pivot_grid else []), self.model.grid]
+        return [rows * columns for rows, columns in grids]
+
+    def draw_counts(self) -> list[tuple[int, int]]:
+        """Masked tokens and all tokens of each phase; drawn on the host, so that nothing waits for the device."""
+        laws = [self.settings.pivot_masking, self.settings.dense_masking][-len(self.totals()) :]
+        return [
+            (masked_count(total, law, torch.rand(()).item()), total)
+            for total, law in zip(self.totals(), laws, strict=True)
+        ]
+
+    def pivot_drop(self, progress: float) -> float:
+        """See the function of this name."""
+        return pivot_drop(progress, self.settings.pivot_keep, self.settings.pivot_keep_warmup)
+
+    def losses(
+        self, batch: dict[str, Tensor], counts: list[Count], chance: float | Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of a batch.
+
+        Args:
+            batch: see `forward`.
+            counts: masked tokens of each phase.
+            chance: probability that an image's pivots are hidden from phase 2.
+        """
         dense = self.latents(batch["moments"])  # [B, N, C]
         context = self.model.context(batch["text" if self.model.class_embed is None else "label"])
-        dense_draws = self.draw(dense, self.model.dense_head, self.settings.dense_masking)
-        if self.model.pivots == "none":
+        dense_draws = self.draw(dense, self.model.dense_head, counts[-1])
+        if self.model.pivot_head is None:
             loss = self.dense_loss(dense, context, None, dense_draws)
             return loss, {"loss": loss.detach()}
         pivots = self.latents(batch["pivot_moments"])  # [B, S, C]
-        assert self.model.pivot_head is not None
-        pivot_draws = self.draw(pivots, self.model.pivot_head, self.settings.pivot_masking)
-        chance = pivot_drop(progress, self.settings.pivot_keep, self.settings.pivot_keep_warmup)
+        pivot_draws = self.draw(pivots, self.model.pivot_head, counts[0])
         without_pivots = torch.rand(len(dense), device=dense.device) < chance  # [B]
         return self.two_phases(pivots, dense, context, pivot_draws, dense_draws, without_pivots)
 
@@ -155,14 +259,15 @@ class MaskedArTraining(Objective):
             dense_draws: of phase 2.
             without_pivots: [B] bool, images whose pivots phase 2 does not see.
         """
-        model, visible = self.model, pivot_draws.visible_places
+        model, places = self.model, pivot_draws.visible_places
         assert model.pivot_head is not None
-        known = gather_tokens(pivots, visible)  # [B, S - M, C]
-        z = model.pivot_phase(model.drop(context, pivot_draws.dropped), known, visible)  # [B, S, D]
+        known = gather_tokens(pivots, places)  # [B, V, C]
+        shown = model.drop(context, pivot_draws.dropped)
+        z = model.pivot_phase(shown, known, places, pivot_draws.visible)  # [B, S, D]
         pivot_loss = self.diffusion_loss(model.pivot_head, pivots, z, pivot_draws)
         empty = without_pivots[:, None].expand(pivots.shape[:2])  # [B, S]
         if model.pivots == "conditional":
-            guides = model.guides(z.detach(), empty.scatter(1, visible, True))
+            guides = model.guides(z.detach(), empty | ~pivot_draws.is_masked())
         else:
             guides = model.guides(pivots, empty)
         dense_loss = self.dense_loss(dense, context, guides, dense_draws)
@@ -172,9 +277,9 @@ class MaskedArTraining(Objective):
 
     def dense_loss(self, dense: Tensor, context: Tensor, guides: Tensor | None, draws: Draws) -> Tensor:
         """Loss of phase 2, or of MAR."""
-        context = self.model.drop(context, draws.dropped)
-        known = gather_tokens(dense, draws.visible_places)  # [B, N - M, C]
-        z = self.model.dense_phase(context, guides, known, draws.visible_places)  # [B, N, D]
+        context, places = self.model.drop(context, draws.dropped), draws.visible_places
+        known = gather_tokens(dense, places)  # [B, V, C]
+        z = self.model.dense_phase(context, guides, known, places, draws.visible)  # [B, N, D]
         return self.diffusion_loss(self.model.dense_head, dense, z, draws)
 
     def diffusion_loss(self, head: DiffusionHead, tokens: Tensor, z: Tensor, draws: Draws) -> Tensor:
@@ -202,8 +307,10 @@ class MaskedArTraining(Objective):
                 predicted, value, tokens, state, draws.t.expand(error.shape)
             )
         if head.global_context:
-            counted = torch.zeros_like(draws.order, dtype=error.dtype).scatter(1, draws.masked_places, 1.0)
-            error = error * counted.repeat(repeats, 1)
+            error = error * draws.is_masked().repeat(repeats, 1)
+        elif not isinstance(draws.count.masked, int):  # only the masked ones of those in the room count
+            first = torch.arange(error.shape[1], device=error.device) < draws.count.masked  # [M]
+            error = error * first * (error.shape[1] / draws.count.masked)
         return error.mean()  # type: ignore[no-any-return]
 
     def latents(self, moments: Tensor) -> Tensor:
@@ -212,15 +319,14 @@ class MaskedArTraining(Objective):
         latents: Tensor = sample_posterior(moments, torch.randn_like(mean)) * self.latent_scale
         return latents.flatten(2).transpose(1, 2).contiguous()
 
-    def draw(self, tokens: Tensor, head: DiffusionHead, law: Masking) -> Draws:
-        """Draw a phase's random numbers; the count of masked tokens on the host, so that nothing waits for it."""
+    def draw(self, tokens: Tensor, head: DiffusionHead, count: Count) -> Draws:
+        """Draw a phase's random numbers."""
         batch, total, channels = tokens.shape
         device, rows = tokens.device, self.settings.repeats * batch
-        masked = masked_count(total, law, torch.rand(()).item())
-        n = total if head.global_context else masked
+        n = total if head.global_context else count.hidden
         return Draws(
             order=torch.rand(batch, total, device=device).argsort(dim=1),
-            masked=masked,
+            count=count,
             dropped=torch.rand(batch, device=device) < self.settings.label_drop,
             t=torch.randint(STEPS, (rows, 1 if head.global_context else n), device=device),
             noise=torch.randn(rows, n, channels, device=device),

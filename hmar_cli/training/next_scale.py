@@ -70,6 +70,8 @@ class NextScaleTraining(_TransformerTraining):
         label_drop: probability that a label is replaced by "no class".
     """
 
+    graphable = True
+
     weights: Tensor
 
     def __init__(
@@ -121,6 +123,8 @@ class MaskedTraining(_TransformerTraining):
     Raises:
         ValueError: no masked branch, or a model whose tokens see other scales.
     """
+
+    graphable = True
 
     def __init__(
         self, model: NextScaleTransformer, quantizer: ScaleQuantizer, *, label_drop: float = 0.1

@@ -4,6 +4,7 @@ Letters: K scales.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 
 from torch import Tensor, nn
 
@@ -20,10 +21,13 @@ class Objective(nn.Module, ABC):
             the others are only kept for resuming. Parameters not to be trained have `requires_grad` False.
         unused_parameters: True where a step may leave some trained parameter out of the loss, which costs a
             search of the graph when several processes train.
+        graphable: True where steps can be CUDA graphs: every trained parameter gets a gradient in every step, and
+            what differs between steps is on the device or told by `draw_shapes`.
     """
 
     networks: dict[str, nn.Module]
     unused_parameters: bool = False
+    graphable: bool = False
 
     @abstractmethod
     def forward(self, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -38,6 +42,21 @@ class Objective(nn.Module, ABC):
             (K,), finite, of names and shapes that are the same in every step. The trainer averages them over
             micro-batches, steps and processes; a "loss" is added where there is none.
         """
+
+    def draw_shapes(self, progress: float) -> tuple[Hashable, dict[str, float]]:
+        """Draw what a step's shapes depend on, for a step that is a CUDA graph.
+
+        Args:
+            progress: see `forward`.
+
+        Returns:
+            The shapes, of which there should be few, and numbers that join the batch as scalars on the device.
+        """
+        return (), {}
+
+    def forward_shapes(self, batch: dict[str, Tensor], shapes: Hashable) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute what `forward` does, under what `draw_shapes` drew."""
+        return self(batch, 0.0)  # type: ignore[no-any-return]
 
     def compile_networks(self) -> None:
         """Compile what `forward` calls; by default the network "model", called as a whole."""

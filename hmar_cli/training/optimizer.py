@@ -73,18 +73,19 @@ class Optimizer:
         first = (self.bad > 0) & (self.bad_step < 0)
         self.bad_step = torch.where(first, step, self.bad_step)
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, keep: bool = False) -> None:
         """Update the weights, unless something was not finite; drop the gradients.
 
         Args:
             step: optimizer steps done before this one.
+            keep: set the gradients to 0 instead, where they are.
         """
         rate, decay = self.rates(step)
         for group, decayed in zip(self.adam.param_groups, self._decays, strict=True):
             group["lr"], group["weight_decay"] = rate, decay if decayed else 0.0
         self.adam.found_inf = self.bad  # type: ignore[attr-defined]  # what GradScaler uses: 1 skips
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=not keep)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments by "network.parameter.moment"."""

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +36,7 @@ from hmar_cli.files import atomic_file
 from hmar_cli.recipe import to_toml
 from hmar_cli.settings import Recipe
 from hmar_cli.training.ema import Ema
+from hmar_cli.training.graphs import GraphedStep
 from hmar_cli.training.logging import Log, Means, Row, require_wandb
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.optimizer import Optimizer
@@ -234,6 +235,10 @@ class Trainer:
         self.recent: list[tuple[int, Tensor]] = []  # source indices of each step since the last log
         if recipe.train.compile:
             objective.compile_networks()
+        self.graphed: GraphedStep | None = None
+        if recipe.train.graphs and objective.graphable and self.device.type == "cuda" and self.world == 1:
+            parameters = list(self.optimizer.parameters.values())
+            self.graphed = GraphedStep(self.losses, parameters, 1 / recipe.train.accumulate)
         self.wrapped: nn.Module = objective
         if self.world > 1:
             # the successor of `broadcast_buffers` is not in every PyTorch from 2.8 on
@@ -249,13 +254,8 @@ class Trainer:
             batch = next(stream)
             if "index" in batch:
                 self.recent.append((self.step, batch.pop("index")))
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
             seed_step(train.seed, self.step, micro, self.rank)
-            last = micro == train.accumulate - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    loss, metrics = self.wrapped(batch, self.step / self.plan.steps)
-                (loss / train.accumulate).backward()
+            loss, metrics = self.gradients(batch, last=micro == train.accumulate - 1)
             self.means.add({"loss": loss, **metrics})
             finite &= loss.detach().isfinite()
         norms = self.optimizer.norms()
@@ -265,11 +265,41 @@ class Trainer:
         self.optimizer.judge(self.step, self._all(finite))
         if not self.patient:
             self.check()
-        self.optimizer.step(self.step)
+        self.optimizer.step(self.step, keep=self.graphed is not None)
         self.step += 1
         if self.ema is not None:
             self.ema.update()
         self.objective.on_step(self.step)
+
+    def gradients(self, batch: Batch, last: bool) -> tuple[Tensor, Batch]:
+        """Add the gradients of a micro-batch; return its loss and metrics.
+
+        Args:
+            batch: on the host.
+            last: of the step, whose gradients the processes share.
+        """
+        progress = self.step / self.plan.steps
+        if self.graphed is not None:
+            shapes, numbers = self.objective.draw_shapes(progress)
+            scalars = {name: torch.tensor(number).pin_memory() for name, number in numbers.items()}
+            batch = batch | scalars
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        if self.graphed is not None:
+            return self.graphed(batch, shapes)
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with self.autocast():
+                loss, metrics = self.wrapped(batch, progress)
+            (loss / self.recipe.train.accumulate).backward()
+        return loss, metrics
+
+    def losses(self, batch: Batch, shapes: Hashable) -> tuple[Tensor, Batch]:
+        """What a recorded step computes."""
+        with self.autocast():
+            return self.objective.forward_shapes(batch, shapes)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def check(self) -> None:
         """Wait for the device, and stop if a loss or gradient was not finite.

@@ -11,7 +11,7 @@ from hmar_cli.sampling.images import autocast
 from hmar_cli.sampling.masked import compile_heads, sample_masked
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import Data, Kl, MaskedAr, MaskedArObjective, MaskedArSample, Optim, Recipe, Train
-from hmar_cli.training.trainer import Trainer
+from hmar_cli.training.trainer import Trainer, seed_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -53,18 +53,20 @@ def batches(start: int, rank: int, world: int, size: int):  # type: ignore[no-un
         }
 
 
-def trainer(pivots: str, compile: bool = False) -> Trainer:
+def trainer(pivots: str, compile: bool = False, graphs: bool = False) -> Trainer:
     torch.manual_seed(0)
     chosen = recipe(pivots, compile)
+    chosen = replace(chosen, train=replace(chosen.train, graphs=graphs))
     tokenizer = build_tokenizer(chosen.tokenizer)
     return Trainer(build_objective(chosen, tokenizer, build_model(chosen)), chosen, 160)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("pivots", ["none", "visual", "conditional"])
-def test_steps_do_not_wait_for_the_device(pivots: str) -> None:
-    trained = trainer(pivots)
+def test_steps_do_not_wait_for_the_device(pivots: str, graphs: bool) -> None:
+    trained = trainer(pivots, graphs=graphs)
     stream = trained.stream(batches)
-    for _ in range(2):  # the first steps load kernels
+    for _ in range(60 if graphs else 2):  # the first steps load kernels, or meet a shape for the first time
         trained.train_step(stream)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -128,6 +130,46 @@ def test_bf16_is_close_to_fp32() -> None:
     with autocast(torch.device("cuda"), "bf16"):
         half = sample_masked(model, labels, SETTINGS, PhiloxNoise(3, images)).latents
     assert ((half - full).norm() / full.norm()).item() < 0.1
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("pivots", ["none", "conditional"])
+def test_a_recorded_step_is_that_step(pivots: str, compile: bool) -> None:
+    """Replays draw anew, as the seed says, and give what the same kernels give without a recording."""
+    trained = trainer(pivots, compile, graphs=True)
+    assert trained.graphed is not None
+    stream = trained.stream(batches)
+    losses = []
+    for _ in range(12):
+        seed_step(0, trained.step, 0, 0)
+        shapes, numbers = trained.objective.draw_shapes(trained.step / trained.plan.steps)
+        batch = {name: tensor.cuda() for name, tensor in next(stream).items() if name != "index"}
+        batch |= {name: torch.tensor(number).cuda() for name, number in numbers.items()}
+        gradients = {}
+        for name in ("recorded", "replayed", "plain"):
+            torch.cuda.manual_seed(5)
+            trained.optimizer.adam.zero_grad(set_to_none=False)
+            if name == "plain":
+                loss, _ = trained.losses(batch, shapes)
+                loss.backward()
+            else:
+                loss, _ = trained.graphed(batch, shapes)
+            losses.append(loss.detach().clone())
+            gradients[name] = [
+                p.grad.clone() for p in trained.optimizer.parameters.values() if p.grad is not None
+            ]
+        for name in ("recorded", "replayed"):
+            for gradient, expected in zip(gradients[name], gradients["plain"], strict=True):
+                torch.testing.assert_close(
+                    gradient, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item()
+                )
+        torch.testing.assert_close(losses[-3], losses[-1], rtol=1e-3, atol=0)
+        torch.testing.assert_close(losses[-2], losses[-1], rtol=1e-3, atol=0)
+        trained.optimizer.norms()
+        trained.optimizer.step(trained.step, keep=True)
+        trained.step += 1
+    assert len({loss.item() for loss in losses[::3]}) > 6
+    assert len(trained.graphed.recordings) > 1
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -15,7 +15,7 @@ from hmar_cli.models.heads import MlpHead, TransformerHead
 from hmar_cli.models.masked import MaskedTransformer, gather_tokens
 from hmar_cli.sampling.masked import sample_masked
 from hmar_cli.settings import Data, Kl, MaskedAr, MaskedArObjective, MaskedArSample, Recipe
-from hmar_cli.training.masked import Draws, MaskedArTraining
+from hmar_cli.training.masked import Count, Draws, MaskedArTraining
 
 
 class Case:
@@ -281,7 +281,7 @@ def test_mar_training(path: Path) -> None:
     hidden = order[:, :masked]
     draws = Draws(
         order=order,
-        masked=masked,
+        count=Count.exact(masked, order.shape[1]),
         dropped=torch.zeros(len(tokens), dtype=torch.bool),
         t=per_masked(case["rand.train.t"], 2, hidden),
         noise=per_masked(case["rand.train.noise"], 2, hidden),
@@ -335,7 +335,7 @@ def test_himar_training(path: Path, variant: str) -> None:
     hidden = order[:, :masked]
     first = Draws(
         order=order,
-        masked=masked,
+        count=Count.exact(masked, order.shape[1]),
         dropped=nothing,
         t=per_masked(case["rand.train.t1"], 2, hidden),
         noise=per_masked(case["rand.train.noise1"], 2, hidden),
@@ -345,7 +345,7 @@ def test_himar_training(path: Path, variant: str) -> None:
     )
     second = Draws(
         order=order,
-        masked=masked,
+        count=Count.exact(masked, order.shape[1]),
         dropped=nothing,
         t=case["rand.train.t2"][:, None],
         noise=rows(case["rand.train.noise2"]),

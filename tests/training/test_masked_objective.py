@@ -1,12 +1,14 @@
 """The objective of MAR and Hi-MAR: which parameters learn, what is dropped, variants of Table 5."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hmar_cli.builders import build_model, build_objective, build_tokenizer
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.settings import Data, JointText, Kl, MaskedAr, MaskedArObjective, MaskedArSample, Recipe
-from hmar_cli.training.masked import MaskedArTraining, masked_count
+from hmar_cli.training.masked import Count, Draws, MaskedArTraining, masked_count, room_for
 from hmar_cli.training.optimizer import parameter_groups
 
 ROWS = {  # of Hi-MAR's Table 5: pivots, head 1, head 2, scale vector
@@ -126,11 +128,74 @@ def test_masked_counts_are_those_of_the_host() -> None:
     assert masked_count(64, "cosine", 0.0) == 1
     assert masked_count(64, "truncated-normal", 0.0) == 45
     assert masked_count(64, "beta", 0.999999) == 64
-    objective = build("mar")
+    objective = build("scale vector")
     torch.manual_seed(3)
-    first = objective.draw(torch.zeros(2, 64, 4), objective.model.dense_head, "cosine").masked
+    first = objective.draw_counts()
     torch.manual_seed(3)
-    assert objective.draw(torch.zeros(2, 64, 4), objective.model.dense_head, "cosine").masked == first
+    assert objective.draw_counts() == first and [total for _, total in first] == [16, 64]
+
+
+def with_room(draws: Draws, tokens: int) -> Draws:
+    """The same draws where the count is known to the device alone."""
+    masked = draws.count.masked
+    assert isinstance(masked, int)
+    count = Count.roomy(torch.tensor(masked), room_for(tokens - masked, tokens), tokens)
+    assert count.hidden >= masked and count.seen >= tokens - masked
+    t, noise = draws.t, draws.noise
+    if noise.shape[1] == masked:  # an MLP head: whatever fills the room must not matter
+        more = count.hidden - masked
+        noise = torch.cat([noise, torch.full((len(noise), more, noise.shape[2]), 7.0)], dim=1)
+        t = torch.cat([t, torch.full((len(t), more), 999)], dim=1)
+    return replace(draws, count=count, t=t, noise=noise)
+
+
+@pytest.mark.parametrize("masked", [(1, 1), (3, 40), (16, 64), (12, 57)])
+@pytest.mark.parametrize("row", ["mar", "visual", "transformer", "both transformers"])
+def test_room_to_spare_changes_nothing(row: str, masked: tuple[int, int]) -> None:
+    """A step whose shapes are fixed beforehand has the loss and the gradients of one that has no room."""
+    objective, given = build(row, repeats=2), batch(4)
+    found = []
+    for roomy in (False, True):
+        torch.manual_seed(2)
+        objective.zero_grad()
+        dense = objective.latents(given["moments"])
+        context = objective.model.context(given["label"])
+        second = objective.draw(dense, objective.model.dense_head, Count.exact(masked[1], 64))
+        second = with_room(second, 64) if roomy else second
+        if objective.model.pivot_head is None:
+            loss = objective.dense_loss(dense, context, None, second)
+        else:
+            pivots = objective.latents(given["pivot_moments"])
+            first = objective.draw(pivots, objective.model.pivot_head, Count.exact(masked[0], 16))
+            first = with_room(first, 16) if roomy else first
+            hidden = torch.tensor([True, False, False, True])
+            loss, _ = objective.two_phases(pivots, dense, context, first, second, hidden)
+        loss.backward()
+        parameters = objective.model.named_parameters()
+        found.append((loss.detach(), {name: p.grad.clone() for name, p in parameters if p.grad is not None}))
+    (loss, gradients), (with_spare, spare_gradients) = found
+    torch.testing.assert_close(with_spare, loss, rtol=1e-5, atol=1e-6)
+    assert set(gradients) == set(spare_gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(spare_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_shapes_of_a_step_are_few_and_hold_every_count() -> None:
+    objective = build("scale vector", pivot_keep=0.4, pivot_keep_warmup=0.5)
+    torch.manual_seed(0)
+    drawn = [objective.draw_shapes(0.25) for _ in range(300)]
+    assert 1 < len({shapes for shapes, _ in drawn}) <= 2 * 8
+    for shapes, numbers in drawn:
+        assert isinstance(shapes, tuple)
+        assert numbers["pivot_drop"] == pytest.approx(0.8)
+        for room, total, masked in zip(
+            shapes, (16, 64), (numbers["masked_0"], numbers["masked_1"]), strict=True
+        ):
+            assert 1 <= masked <= total and total - masked <= room <= total
+    shapes, numbers = drawn[0]
+    extended = batch() | {name: torch.tensor(number) for name, number in numbers.items()}
+    loss, metrics = objective.forward_shapes(extended, shapes)
+    assert loss.isfinite() and set(metrics) == {"loss", "pivot_loss", "dense_loss"}
 
 
 def test_latents_are_scaled_samples() -> None:
