@@ -157,10 +157,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend within x [B, L, C]."""
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Attend within x [B, L, C], to the tokens that are `visible`, [L] bool, or to all."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x [B, H, L, D]
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        mask = None if visible is None else visible[None, :].expand(x.shape[1], -1)  # [L, L], a view
+        rate = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=rate)
         y = self.proj(y.transpose(1, 2).flatten(2))  # [B, L, C]
         return F.dropout(y, self.dropout, self.training)
 
