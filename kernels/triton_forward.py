@@ -1,0 +1,226 @@
+"""Triton: attention over scales, forward, and the norms of keys.
+
+Every program works on one tile of the schedule (`hmar_kernels.tiles`) for one head of one sample: a few neighbouring
+queries with all the keys that any of them sees. Scores are in units of log 2, since exp2 is what the chip computes.
+
+Where queries and keys are normalised, no score exceeds the temperature. Where that is small enough for its whole
+range to fit into a float, it takes the place of the running maximum; nothing is rescaled then.
+
+Letters: B batch, L keys, N queries, H heads, D head size, M queries of a tile, J keys of a block.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-any-return"
+# ruff: noqa: SIM108 - Triton compiles the one branch of a constant condition
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+EPSILON = tl.constexpr(1e-12)
+LOWEST = tl.constexpr(-1e30)
+"""Stands for the maximum of no score at all; minus infinity would give infinity minus infinity."""
+
+
+@triton.jit
+def load_rows(
+    source, stride, column, first, last, BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    CHECK: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, WIDTH]: rows from `first` on; zeros from row `last` on where CHECK, and beyond column D.
+
+    `source` points to row 0 and `stride` is between rows; where BULK, `source` is a tensor descriptor, `stride` the
+    number of its row that is our row 0, and `column` its column.
+    """
+    if BULK:
+        x = source.load([stride + first, column])
+    else:
+        rows = tl.arange(0, BLOCK)
+        columns = tl.arange(0, WIDTH)
+        pointers = source + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+        if CHECK and D < WIDTH:
+            x = tl.load(pointers, mask=(first + rows < last)[:, None] & (columns < D)[None, :], other=0.0)
+        elif CHECK:
+            x = tl.load(pointers, mask=(first + rows < last)[:, None], other=0.0)
+        elif D < WIDTH:
+            x = tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+        else:
+            x = tl.load(pointers)
+    return x
+
+
+@triton.jit
+def load_row(source, first, last, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """[BLOCK] numbers from `first` on, 0 from `last` on where CHECK; `source` points to number 0."""
+    at = first + tl.arange(0, BLOCK)
+    if CHECK:
+        x = tl.load(source + at, mask=at < last, other=0)
+    else:
+        x = tl.load(source + at)
+    return x
+
+
+@triton.jit
+def store_rows(
+    target, stride, first, last, values, BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Write rows `first` to `last` of [BLOCK, WIDTH] `values`, columns up to D; `target` points to row 0."""
+    rows = tl.arange(0, BLOCK)
+    columns = tl.arange(0, WIDTH)
+    pointers = target + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    mask = (first + rows < last)[:, None]
+    if D < WIDTH:
+        mask = mask & (columns < D)[None, :]
+    tl.store(pointers, values.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def head_of(source, strides, b, h, D: tl.constexpr, BULK: tl.constexpr):
+    """What `load_rows` needs for head h of sample b: source, stride, column."""
+    if BULK:
+        return source, b * strides[0], h * D
+    else:  # noqa: RET505 - a constant branch: the two return different types
+        start = tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[2]
+        return source + start, strides[1], 0
+
+
+@triton.jit
+def inverse_norm(x):
+    """[rows]: 1 / max(|row|, epsilon) of [rows, D], as torch.nn.functional.normalize has it."""
+    wide = x.to(tl.float32)
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), EPSILON)
+
+
+@triton.jit
+def norms_kernel(k, norms, strides, heads, keys, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Write 1 / |key| of BLOCK keys of one head to `norms` [B, H, L]."""
+    sample = tl.program_id(1)
+    first = tl.program_id(0) * BLOCK
+    source, stride, column = head_of(k, strides, sample // heads, sample % heads, D, False)
+    x = load_rows(source, stride, column, first, keys, BLOCK, D, WIDTH, True, False)
+    rows = first + tl.arange(0, BLOCK)
+    tl.store(norms + tl.cast(sample, tl.int64) * keys + rows, inverse_norm(x), mask=rows < keys)
+
+
+@triton.jit
+def _attend(
+    acc, total, top, q, k, k_stride, v, v_stride, column, norms, low, high, factor, start, stop,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, INLINE: tl.constexpr,
+    BULK: tl.constexpr, PART: tl.constexpr, BOUNDED: tl.constexpr, STAGES: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """Let queries q [M, D] attend to the keys `start` to `stop`, with bounds for each query where PART.
+
+    Returns the sums of values [M, D] and of weights [M], and the maximum [M] that they are relative to.
+    """
+    for first in tl.range(start, stop, BLOCK, num_stages=STAGES, warp_specialize=SPECIALIZE):
+        keys = first + tl.arange(0, BLOCK)
+        k_block = load_rows(k, k_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
+        scores = tl.dot(q, tl.trans(k_block), input_precision="ieee")  # [M, J]
+        if NORMALIZE:
+            if INLINE:
+                inverse = inverse_norm(k_block)
+            else:
+                inverse = load_row(norms, first, stop, BLOCK, PART)
+            if BOUNDED:
+                scores = scores * inverse[None, :] - top[:, None]
+            else:
+                scores = scores * inverse[None, :]
+        if PART:
+            sees = (keys[None, :] >= low[:, None]) & (keys[None, :] < tl.minimum(high, stop)[:, None])
+            scores = tl.where(sees, scores, float("-inf"))
+        if BOUNDED:
+            weights = tl.exp2(scores)
+        else:
+            new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+            weights = tl.exp2(scores * factor - new_top[:, None])
+            correction = tl.exp2(top - new_top)
+            total = total * correction
+            acc = acc * correction[:, None]
+            top = new_top
+        total += tl.sum(weights, 1)
+        v_block = load_rows(v, v_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
+        acc = tl.dot(weights.to(v_block.dtype), v_block, acc, input_precision="ieee")
+    return acc, total, top
+
+
+@triton.jit
+def _attend_to_all(
+    top, q, k, k_stride, v, v_stride, column, norms, low, high, factor, tile,
+    M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
+    INLINE: tl.constexpr, BULK: tl.constexpr, PEEL: tl.constexpr, BOUNDED: tl.constexpr,
+    STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """Let the queries of a tile attend to both pieces of its keys: one loop each where PEEL, one over both else."""
+    acc = tl.zeros([M, WIDTH], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    full, full_end, part, part_end = (
+        tl.load(tile + 2),
+        tl.load(tile + 3),
+        tl.load(tile + 4),
+        tl.load(tile + 5),
+    )
+    if PEEL:
+        acc, total, top = _attend(
+            acc, total, top, q, k, k_stride, v, v_stride, column, norms, low, high, factor, full, full_end,
+            D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, False, BOUNDED, STAGES, SPECIALIZE,
+        )  # fmt: skip
+    else:
+        part, part_end = tl.minimum(full, part), tl.maximum(full_end, part_end)
+    return _attend(
+        acc, total, top, q, k, k_stride, v, v_stride, column, norms, low, high, factor, part, part_end,
+        D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, True, BOUNDED, 1 if PEEL else STAGES, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, lse, norms, head_scale, q_strides, k_strides, v_strides, tiles, bounds, count, heads,
+    queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr, INLINE: tl.constexpr, BULK: tl.constexpr, PEEL: tl.constexpr,
+    STAGES: tl.constexpr, SPECIALIZE: tl.constexpr, LIMIT: tl.constexpr, LIFT: tl.constexpr,
+):  # fmt: skip
+    """One tile of one head: out [B, N, H, D] and lse [B, H, N], from q, k and v of any strides (of B, L and H).
+
+    Where NORMALIZE, the running maximum is left out for heads whose temperature, in units of log 2, is at most
+    LIMIT; the largest weight is then 2^LIFT. `norms` [B, H, L] holds 1 / |key| unless INLINE. `scale` is not
+    negative unless NORMALIZE.
+    """
+    tile = tiles + tl.program_id(0) % count * 6
+    sample = tl.program_id(0) // count
+    b, h = sample // heads, sample % heads
+    first, last = tl.load(tile), tl.load(tile + 1)
+    rows = first + tl.arange(0, M)
+    q_rows, q_stride, column = head_of(q, q_strides, b, h, D, BULK)
+    k_rows, k_stride, column = head_of(k, k_strides, b, h, D, BULK)
+    v_rows, v_stride, column = head_of(v, v_strides, b, h, D, BULK)
+    q_tile = load_rows(q_rows, q_stride, column, first, last, M, D, WIDTH, True, BULK)  # [M, D]
+    low = load_row(bounds, first, last, M, True)
+    high = load_row(bounds + queries, first, last, M, True)
+    if NORMALIZE:
+        norms += tl.cast(sample, tl.int64) * keys
+        temperature = tl.load(head_scale + h) * scale * LOG2E
+        q_tile = (q_tile.to(tl.float32) * (inverse_norm(q_tile) * temperature)[:, None]).to(q_tile.dtype)
+        ceiling = tl.abs(temperature)
+        if ceiling <= LIMIT:
+            acc, total, top = _attend_to_all(
+                tl.zeros([M], tl.float32) + (ceiling - LIFT), q_tile, k_rows, k_stride, v_rows, v_stride, column,
+                norms, low, high, 1.0, tile,
+                M, D, WIDTH, BLOCK, True, INLINE, BULK, PEEL, True, STAGES, SPECIALIZE,
+            )  # fmt: skip
+        else:
+            acc, total, top = _attend_to_all(
+                tl.full([M], LOWEST, tl.float32), q_tile, k_rows, k_stride, v_rows, v_stride, column,
+                norms, low, high, 1.0, tile,
+                M, D, WIDTH, BLOCK, True, INLINE, BULK, PEEL, False, STAGES, SPECIALIZE,
+            )  # fmt: skip
+    else:
+        acc, total, top = _attend_to_all(
+            tl.full([M], LOWEST, tl.float32), q_tile, k_rows, k_stride, v_rows, v_stride, column,
+            norms, low, high, scale * LOG2E, tile,
+            M, D, WIDTH, BLOCK, False, INLINE, BULK, PEEL, False, STAGES, SPECIALIZE,
+        )  # fmt: skip
+    total = tl.where(rows < last, total, 1.0)
+    tl.store(lse + tl.cast(sample, tl.int64) * queries + rows, (top + tl.log2(total)) * LN2, mask=rows < last)
+    out += (tl.cast(b, tl.int64) * queries * heads + h) * D
+    store_rows(out, heads * D, first, last, acc / total[:, None], M, D, WIDTH)
