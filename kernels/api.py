@@ -23,14 +23,14 @@ Side = int | tuple[int, int]
 IMPLEMENTATIONS = ("reference", "triton", "sdpa", "flex", "varlen", "masked")
 """Every implementation by name; they compute the same function and never import each other."""
 
-PLAIN: dict[str, ModuleType] = {
+MODULES: dict[str, ModuleType] = {
     "reference": reference,
     "sdpa": sdpa,
     "flex": flex,
     "varlen": varlen,
     "masked": masked,
 }
-"""All but "triton", whose module is imported when it is first asked for."""
+"""Of each implementation; "triton" joins when it is first asked for."""
 
 
 class Choice(NamedTuple):
@@ -72,9 +72,9 @@ def _load(name: str) -> ModuleType:
     Raises:
         ImportError: Triton is not installed.
     """
-    if name == "triton":
-        return importlib.import_module("hmar_kernels.triton_attention")
-    return PLAIN[name]
+    if name not in MODULES:
+        MODULES[name] = importlib.import_module("hmar_kernels.triton_attention")
+    return MODULES[name]
 
 
 @functools.cache
@@ -155,7 +155,8 @@ def scale_attention(
         sides: the scales, n_k = rows x columns tokens each, L in all.
         pattern: "causal" (VAR) or "diagonal" (HMAR).
         softmax_scale: factor on the scores, above 0.
-        head_scale: [H], float32; given, queries and keys are normalised. It gets a gradient, too.
+        head_scale: [H], used in float32 (float64 for float64 inputs); given, queries and keys are normalised. It
+            gets a gradient, too.
         implementation: a name in `IMPLEMENTATIONS`; "auto", see `choose`; or "measure", see `measure`.
         return_lse: also return the log of the sum of exp of each query's scores; it has no gradient.
 
@@ -177,13 +178,16 @@ def scale_attention(
         name = _measured(lengths, pattern, shape, dtype, device, head_scale is not None, backward).name
     else:
         name = _name(implementation, device, dtype, head_size, pattern)
+    run = _load(name)
+    if head_scale is not None:
+        head_scale = head_scale.to(torch.promote_types(dtype, torch.float32))
     with torch.autocast(device.type, enabled=False):  # dtypes are those of the inputs
         if not isinstance(qkv, Tensor):
-            out, lse = _load(name).attention(*qkv, lengths, causal, softmax_scale, head_scale)
+            out, lse = run.attention(*qkv, lengths, causal, softmax_scale, head_scale)
         elif name == "triton":
-            out, lse = _load(name).packed_attention(qkv, lengths, causal, softmax_scale, head_scale)
+            out, lse = run.packed_attention(qkv, lengths, causal, softmax_scale, head_scale)
         else:
-            out, lse = _load(name).attention(*qkv.unbind(2), lengths, causal, softmax_scale, head_scale)
+            out, lse = run.attention(*qkv.unbind(2), lengths, causal, softmax_scale, head_scale)
     if not return_lse:
         return out  # type: ignore[no-any-return]
     if lse is None:
