@@ -14,6 +14,7 @@ from hmar_cli.data.transforms import image_transform, to_tensor
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.report import image_grid, to_uint8
+from hmar_cli.sampling.images import autocast
 from hmar_cli.sampling.masked import sample_masked
 from hmar_cli.sampling.next_scale import sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
@@ -62,7 +63,8 @@ def sample_preview(recipe: Recipe, tokenizer: Tokenizer, cache: Cache) -> Previe
             columns = min(model.num_classes, 8)
             chosen = recipe.sample if model.masked is not None else replace(recipe.sample, schedule=())
             labels = torch.arange(IMAGES, device=device) % columns
-            _, features = sample_next_scale(model, decoder.quantizer, labels, chosen, noise)
+            with autocast(device, recipe.train.precision):  # in which attention was chosen
+                _, features = sample_next_scale(model, decoder.quantizer, labels, chosen, noise)
             return image_grid(decoder.decode(features), columns=columns)
         assert isinstance(model, MaskedTransformer) and isinstance(decoder, KlAutoencoder)
         assert isinstance(recipe.sample, MaskedArSample)

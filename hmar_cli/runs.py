@@ -58,7 +58,7 @@ from hmar_cli.tokenizers.blocks import hash_weights
 from hmar_cli.training.objective import Objective
 from hmar_cli.training.trainer import Batches, Outcome, Preview, Weights, fit, rehearse
 
-CHANGEABLE = ("name", "description", "sample.", "optim.", "data.workers")
+CHANGEABLE = ("name", "description", "sample.", "optim.", "data.workers", "model.attention")
 CHANGEABLE_TRAIN = (
     "log_every",
     "save_every",
@@ -546,7 +546,10 @@ def adopt_base(recipe: Recipe, base: Checkpoint) -> Recipe:
             "give the recipe of this model with --recipe, or repeat the base's own --set model.…",
             other,
         )
-    return replace(recipe, model=base.recipe.model, tokenizer=base.recipe.tokenizer)
+    model = base.recipe.model
+    if isinstance(recipe.model, NextScale):
+        model = replace(model, attention=recipe.model.attention)  # how it is computed is this run's own
+    return replace(recipe, model=model, tokenizer=base.recipe.tokenizer)
 
 
 def check_base(base: Checkpoint) -> None:

@@ -2,6 +2,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tomli
@@ -9,6 +10,7 @@ import tomli
 from hmar_cli.errors import UserError
 from hmar_cli.recipe import load_recipe, recipe_folder, recipe_from_dict, recipe_names, to_toml
 from hmar_cli.settings import (
+    Attention,
     Kl,
     KlObjective,
     MaskedAr,
@@ -449,6 +451,12 @@ def test_a_checkpoint_recipe_with_a_mistake_is_refused() -> None:
     table["train"]["epoch"] = 3
     with pytest.raises(UserError, match="recipe msvq-256 has a mistake"):
         recipe_from_dict(table)
+
+
+def test_attention_takes_the_names_of_the_kernels() -> None:
+    from hmar_kernels import IMPLEMENTATIONS
+
+    assert set(get_args(Attention)) == {"auto", "measure", *IMPLEMENTATIONS}
 
 
 def test_recipes_need_no_torch() -> None:

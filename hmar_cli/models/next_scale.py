@@ -7,11 +7,11 @@ import copy
 import math
 
 import torch
-from hmar_kernels import Pattern
+from hmar_kernels import Choice, Pattern, choose, measure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hmar_cli.models.layers import AdaLN, AdaLNTable, Block, KeyValueCache, OutputHead
+from hmar_cli.models.layers import AdaLN, AdaLNTable, Block, KeyValueCache, OutputHead, ScaleAttention
 from hmar_cli.models.scales import Scales
 
 
@@ -49,7 +49,7 @@ class NextScaleTransformer(nn.Module):
         drop_path_rate: at the last block, rising linearly from 0; None is 0.1 depth / 24.
         shared_adaln: one modulation layer for all blocks plus a table a block.
         gamma_init: factor on the initial weights of the modulation gates.
-        attention: implementation of `hmar_kernels`.
+        attention: implementation of `hmar_kernels`, "auto" or "measure"; see `select_attention`.
         masked_layers: blocks of the masked branch; 0 builds none.
         leak_free: see `MaskedBranch`.
     """
@@ -77,6 +77,7 @@ class NextScaleTransformer(nn.Module):
         if width % heads:
             raise ValueError(f"expected a width that {heads} heads divide, got {width}")
         self.scales, self.num_classes, self.heads, self.pattern = scales, num_classes, heads, pattern
+        self.attention = attention
         self.class_embed = nn.Embedding(num_classes + 1, width)
         self.start_embed = nn.Parameter(torch.empty(1, scales.lengths[0], width))
         self.word_embed = nn.Linear(z_channels, width)
@@ -194,6 +195,48 @@ class NextScaleTransformer(nn.Module):
         x = x + self.level_embed.weight[k] + self.pos_embed[:, self.scales.slice(k)]
         sides = self.scales.grids[: k + 1] if cache is not None else self.scales.grids[k : k + 1]
         return self._transform(x, class_embedding, sides, own is not None, cache)
+
+    def select_attention(self, batch: int, dtype: torch.dtype, *, sampling: bool = False) -> Choice:
+        """Settle, where the model lies now, which implementation of attention its blocks run; before compilation.
+
+        Args:
+            batch: rows of a call.
+            dtype: in which queries, keys and values are multiplied.
+            sampling: calls compute a scale each, without gradients. An implementation that cannot run is replaced,
+                since a checkpoint may come from another machine; the reason says so.
+
+        Raises:
+            ValueError: not for sampling, an implementation that cannot run.
+        """
+        width, device = self.class_embed.embedding_dim, self.pos_embed.device
+        size, grids = width // self.heads, self.scales.grids
+        replaced = ""
+        if self.attention == "measure":
+            cached = sampling and self.pattern == "causal"
+            choice = measure(
+                grids if cached or not sampling else grids[-1:],
+                self.pattern,
+                batch=batch,
+                heads=self.heads,
+                head_size=size,
+                dtype=dtype,
+                device=device,
+                queries=self.scales.lengths[-1] if cached else 0,
+                normalized=not cached,
+                backward=not sampling,
+            )
+        else:
+            place = {"device": device, "dtype": dtype, "head_size": size, "pattern": self.pattern}
+            try:
+                choice = choose(self.attention, **place)
+            except ValueError as error:
+                if not sampling:
+                    raise
+                choice, replaced = choose("auto", **place), f"; {error}"
+        for module in self.modules():
+            if isinstance(module, ScaleAttention):
+                module.implementation = choice.name if self.attention != "auto" and not replaced else "auto"
+        return choice._replace(reason=choice.reason + replaced)
 
     def make_cache(self, batch: int, dtype: torch.dtype) -> KeyValueCache | None:
         """Allocate the key-value cache for `batch` rows; None for the diagonal pattern, which needs none."""

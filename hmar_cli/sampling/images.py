@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hmar_cli.console import progress
+from hmar_cli.console import console, progress
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_file, write_json
 from hmar_cli.models.masked import MaskedTransformer
@@ -235,8 +235,13 @@ def draw_images(
             leftover.unlink()
         write_json(out / "sample.json", {**record, "made_with": _made_with(place, state, job)})
     state.wait_for_everyone()
+    model, tokenizer = model.to(place), tokenizer.to(place)
+    if isinstance(model, NextScaleTransformer):
+        line = _select_attention(model, job, record["precision"])
+        if state.is_main_process:
+            console.print(line, highlight=False)
     start = time.perf_counter()
-    times = _draw_share(model.to(place), tokenizer.to(place), job, out, place, state, keep)
+    times = _draw_share(model, tokenizer, job, out, place, state, keep)
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
     if state.num_processes > 1:
@@ -288,6 +293,15 @@ def _draw_share(
             if bar is not None:
                 bar.advance(len(batch))
     return times
+
+
+def _select_attention(model: NextScaleTransformer, job: Job, precision: str) -> str:
+    """Settle which implementation of attention runs; a line that says so."""
+    assert isinstance(job.settings, NextScaleSample)
+    rows = job.batch_size * (2 if job.settings.cfg else 1)
+    dtype = torch.bfloat16 if precision == "bf16" else model.pos_embed.dtype
+    name, reason = model.select_attention(rows, dtype, sampling=True)
+    return f"attention: {name} ({reason})"
 
 
 def _steady(times: Sequence[float], batch_size: int, processes: int) -> float | None:

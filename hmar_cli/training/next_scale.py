@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hmar_cli.errors import UserError
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.settings import Weighting
 from hmar_cli.tokenizers.msvq import ScaleQuantizer
@@ -27,6 +28,16 @@ class _TransformerTraining(Objective):
         super().__init__()
         self.networks = {"model": model}
         self.model, self.quantizer, self.label_drop = model, quantizer.requires_grad_(False), label_drop
+
+    def prepare(self, batch: int, dtype: torch.dtype) -> list[str]:
+        """Settle which implementation of attention runs."""
+        try:
+            name, reason = self.model.select_attention(batch, dtype)
+        except ValueError as error:
+            raise UserError(
+                f"model.attention: {error}", "use auto, or measure to time what can run here"
+            ) from error
+        return [f"attention: {name} ({reason})"]
 
     def undecayed(self, name: str, parameter: nn.Parameter) -> bool:
         """No decay for biases, positions, levels, modulation tables and head scales; embeddings are decayed."""

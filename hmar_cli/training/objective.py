@@ -6,6 +6,7 @@ Letters: K scales.
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -57,6 +58,21 @@ class Objective(nn.Module, ABC):
     def forward_shapes(self, batch: dict[str, Tensor], shapes: Hashable) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what `forward` does, under what `draw_shapes` drew."""
         return self(batch, 0.0)  # type: ignore[no-any-return]
+
+    def prepare(self, batch: int, dtype: torch.dtype) -> list[str]:
+        """Settle what depends on where training runs; called once, on the device, before networks are compiled.
+
+        Args:
+            batch: images of a micro-batch of this process.
+            dtype: of matrix products.
+
+        Returns:
+            Lines that tell the user.
+
+        Raises:
+            UserError: the settings ask for what cannot run here.
+        """
+        return []
 
     def compile_networks(self) -> None:
         """Compile what `forward` calls; by default the network "model", called as a whole."""

@@ -233,6 +233,10 @@ class Trainer:
         self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
         self.means, self.norms = Means(), Means()
         self.recent: list[tuple[int, Tensor]] = []  # source indices of each step since the last log
+        lines = objective.prepare(self.plan.micro_batch, torch.bfloat16 if self.bf16 else torch.float32)
+        if self.rank == 0:
+            for line in lines:
+                console.print(line, highlight=False)
         if recipe.train.compile:
             objective.compile_networks()
         self.graphed: GraphedStep | None = None

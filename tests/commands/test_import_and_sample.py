@@ -88,6 +88,9 @@ def test_greedy_samples_are_the_recorded_images(world: World, tmp_path: Path, ba
     )
     result = hmar(*arguments, "--device", "cpu", "--json")
     assert result.exit_code == 0, result.output
+    assert (
+        result.stderr.count("attention: sdpa (one dense call per scale is the fastest without a GPU)\n") == 1
+    )
     expected = (world.tensors[f"out.{name}.image"].permute(0, 2, 3, 1) * 255).round().numpy()
     for i, image in enumerate(expected):
         with Image.open(tmp_path / f"{i:06d}.png") as drawn:

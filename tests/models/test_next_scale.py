@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from hmar_cli.models.layers import ScaleAttention
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
 
@@ -106,3 +107,31 @@ def test_wrong_settings() -> None:
         tiny(heads=3)
     with pytest.raises(ValueError, match="masked layers"):
         tiny(masked_layers=4)
+
+
+def implementations(model: NextScaleTransformer) -> set[str]:
+    return {module.implementation for module in model.modules() if isinstance(module, ScaleAttention)}
+
+
+@pytest.mark.parametrize("pattern", ["causal", "diagonal"])
+def test_attention_is_settled_before_a_run(pattern: str) -> None:
+    """One implementation for all blocks, those of the masked branch too."""
+    model = tiny(pattern=pattern, masked_layers=1)
+    assert model.select_attention(4, torch.float32)[0] == "sdpa"
+    assert implementations(model) == {"auto"}  # wherever the model is moved
+    assert tiny(attention="masked").select_attention(4, torch.float32) == ("masked", "asked for by name")
+    measured = tiny(attention="measure", pattern=pattern)
+    for sampling in (False, True):
+        assert measured.select_attention(4, torch.float32, sampling=sampling)[0] == "sdpa"
+        assert implementations(measured) == {"sdpa"}
+
+
+def test_attention_of_another_machine_is_replaced_for_sampling_alone() -> None:
+    model = tiny(attention="flex")
+    with pytest.raises(ValueError, match=r"'flex' cannot run here: .* CUDA"):
+        model.select_attention(4, torch.float32)
+    choice = model.select_attention(4, torch.float32, sampling=True)
+    assert choice.name == "sdpa" and "'flex' cannot run here" in choice.reason
+    assert implementations(model) == {"auto"}
+    with torch.inference_mode():
+        assert model.forward_scale(0, torch.tensor([1]), None).isfinite().all()

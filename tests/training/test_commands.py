@@ -199,6 +199,29 @@ def test_a_log_without_a_bar_says_rate_and_time_left(toys, cache, tmp_path):
     assert re.search(r"step 2/2 epoch .* images/s ETA 0:00:00\n", result.stderr)
 
 
+def test_the_implementation_of_attention_is_said_and_free(toys, cache, base, tmp_path):
+    """A run may go on with another one; what cannot run here or does not exist is refused."""
+    out = tmp_path / "run"
+    shutil.copytree(base, out)
+    other = ("--set", "model.attention=reference")
+    longer = ("--resume", "--set", "train.steps=3", "--device", "cpu")
+    result = hmar("train", "--out", out, *longer, *other)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("attention: reference (asked for by name)\n") == 1
+    measured = train(toys, "--data", cache, "--out", tmp_path / "m", "--set", "model.attention=measure")
+    assert "attention: sdpa (one dense call per scale is the fastest without a GPU)\n" in measured.stderr
+    masked = ("--recipe", toys / "toy-masked.toml", "--data", cache, "--device", "cpu", *other)
+    finetuned = hmar("finetune-masked", base, *masked, "--out", tmp_path / "f")
+    assert "attention: reference (" in finetuned.stderr
+    for name, words in (
+        ("flex", "cannot run here: FlexAttention"),
+        ("fast", 'model.attention: expected "auto"'),
+    ):
+        new = tmp_path / name
+        refused(train(toys, "--data", cache, "--out", new, "--set", f"model.attention={name}"), words)
+        assert not new.exists()
+
+
 def test_init_with_another_model_is_refused(toys, cache, base, tmp_path):
     result = train(toys, "--data", cache, "--out", tmp_path / "r", "--init", base, "--set", "model.depth=3")
     refused(result, "don't fit")

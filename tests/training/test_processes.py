@@ -18,6 +18,7 @@ def test_two_processes_train_like_one(toys, cache, tmp_path):
         done = run_python(*command, *settings, "--device", "cpu", "--launch", str(processes))
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("checkpoint: ") == 1  # one process reports
+        assert done.stderr.count("attention: sdpa (") == 1
         assert "Warning" not in done.stderr
         found[processes] = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in found[2]] == [1, 2, 3, 4]
