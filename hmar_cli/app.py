@@ -7,7 +7,17 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from hmar_cli.commands import checkpoint, curves, eval, finetune_masked, recipes, sample, tokenize, train
+from hmar_cli.commands import (
+    bench_attention,
+    checkpoint,
+    curves,
+    eval,
+    finetune_masked,
+    recipes,
+    sample,
+    tokenize,
+    train,
+)
 from hmar_cli.errors import UserError, from_os_error
 from hmar_cli.launch import keep_stdout_for_data, wait_for_launcher
 
@@ -74,7 +84,7 @@ app = typer.Typer(
     help="Autoregressive image generation: HMAR, VAR, Hi-MAR and MAR, from raw images to samples.",
     epilog="Start with `hmar recipes list`, or see the README for a command for each job.",
 )
-for module in (tokenize, train, finetune_masked, sample, curves):
+for module in (tokenize, train, finetune_masked, sample, curves, bench_attention):
     module.register(app)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")

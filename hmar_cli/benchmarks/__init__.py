@@ -1,0 +1,1 @@
+"""Speed: attention kernels and whole training steps, each checked before it is timed."""
