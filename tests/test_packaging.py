@@ -96,7 +96,9 @@ def test_an_installed_wheel_lists_recipes_and_trains(installed: Path, tmp_path: 
     assert (tmp_path / "run" / "step-00000002" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipes", "list"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipes", "list"], ["train", "--help"], ["bench-attention", "--help"]]
+)
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "hmar_cli", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -24,7 +24,7 @@ COLOURS = {
 LABELS = {
     "masked": "masked SDPA",
     "sdpa": "SDPA per scale",
-    "flex": "FlexAttention",
+    "flex": "Flex Attention",
     "varlen": "varlen flash",
 }
 OTHER = "#8a6fb0"
@@ -92,6 +92,12 @@ def _speed_chart(own: Sequence[Row], rows: Sequence[Row], title: str) -> "Figure
             drawn = [r for r in own if (r.case.name, r.case.batch) == (name, batch) and direction in r.times]
             axes.set_title(f"{name}, batch {batch}: {direction}", fontsize=9)
             _bars(axes, drawn, rows, direction)
+            cases = {row.case for row in drawn}
+            lost = [r for r in rows if r.case in cases and r.status not in ("ok", "unavailable")]
+            text = "\n".join(f"{LABELS.get(r.implementation, r.implementation)}: {r.status}" for r in lost)
+            axes.text(
+                0.99, 0.98, text, transform=axes.transAxes, ha="right", va="top", fontsize=7, color="#b03030"
+            )
             if x == 0:
                 axes.set_ylabel("ms", fontsize=8)
     return figure
@@ -180,22 +186,16 @@ def length_chart(
         axes.plot(pixels, lengths, marker="o", color=colour, label=label)
         for x, y in zip(pixels, lengths, strict=True):
             above = key == "next_scale"
-            axes.annotate(
-                f"{y:,}",
-                (x, y),
-                (0, 5 if above else -12),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-            )
+            offset, align = ((-4, 4), "right") if above else ((4, -11), "left")
+            axes.annotate(f"{y:,}", (x, y), offset, textcoords="offset points", ha=align, fontsize=7)
     axes.set_xticks(pixels, [f"{p}×{p}" for p in pixels])
     axes.set_xlabel("pixels", fontsize=8)
     axes.set_ylabel("tokens", fontsize=8)
     axes.set_title("sequence length by resolution (Fig. 7)", fontsize=9)
     axes.margins(x=0.12, y=0.12)
     axes.legend(fontsize=8, frameon=False)
-    for place, (side, rows) in enumerate(by_steps.items(), start=2):
-        _steps_panel(figure.add_subplot(1, panels, place), side, rows)
+    for place, (size, rows) in enumerate(by_steps.items(), start=2):
+        _steps_panel(figure.add_subplot(1, panels, place), size, rows)
     _save(figure, target)
 
 
@@ -265,7 +265,7 @@ def pattern_chart(scales: Scales, name: str, shares: Mapping[str, float], target
 
 def _scale_ticks(axes: "Axes", scales: Scales) -> None:
     """Name the scales that are large enough for a name, in their middle."""
-    large = [k for k, n in enumerate(scales.lengths) if n >= scales.total / 25]
+    large = [k for k, n in enumerate(scales.lengths) if n >= scales.total / 12]
     middles = [scales.offsets[k] + scales.lengths[k] / 2 for k in large]
     names = ["{}×{}".format(*scales.grids[k]) for k in large]
     axes.set_xticks(middles, names, fontsize=7)

@@ -91,6 +91,8 @@ def _events(
 ) -> list[list[float]]:
     """Milliseconds of each call of each turn, by the GPU's clock; it sleeps for `sleep` ms before a turn."""
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1)  # loads the kernel
+    _wait(device)
     first.record()
     torch.cuda._sleep(SLEEP)
     last.record()

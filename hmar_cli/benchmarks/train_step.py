@@ -7,7 +7,7 @@ import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hmar_kernels import unavailable
@@ -19,7 +19,7 @@ from hmar_cli.benchmarks.timing import time_calls
 from hmar_cli.builders import build_model, build_objective, build_tokenizer
 from hmar_cli.errors import UserError
 from hmar_cli.recipe import load_recipe
-from hmar_cli.settings import Msvq, NextScale, Recipe
+from hmar_cli.settings import Attention, Msvq, NextScale, Recipe
 from hmar_cli.training.trainer import Batch, Trainer
 
 IMAGES = 1_000_000
@@ -105,7 +105,9 @@ def _prepared(recipe: Recipe, implementation: str, batch: int, compiles: bool, s
     """The recipe for one measurement: no averages, no accumulation."""
     assert isinstance(recipe.model, NextScale)
     train = replace(recipe.train, batch_size=batch, accumulate=1, ema=0.0, compile=compiles, seed=seed)
-    return replace(recipe, train=train, model=replace(recipe.model, attention=implementation))
+    return replace(
+        recipe, train=train, model=replace(recipe.model, attention=cast(Attention, implementation))
+    )
 
 
 def _case(recipe: Recipe, dtype: str) -> Case:
