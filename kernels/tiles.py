@@ -77,15 +77,18 @@ def key_spans(lengths: Sequence[int], queries: int, causal: bool) -> list[Span]:
     return spans
 
 
-def _tile(first: int, last: int, spans: Sequence[Span], block: int) -> Tile:
-    """Rows `first` to `last` with their columns; whole blocks start at a common beginning or stop at a common end."""
+def _tile(first: int, last: int, spans: Sequence[Span], block: int, least: int) -> Tile:
+    """Rows `first` to `last` with their columns; whole blocks start at a common beginning or stop at a common end.
+
+    A tile of fewer rows than `least` has no whole blocks.
+    """
     seen = [s for s in spans if s.first < last and first < s.last and s.low < s.high]
     if not seen:
         return Tile(first, last, 0, 0, 0, 0)
     low, high = min(s.low for s in seen), max(s.high for s in seen)
     inner_low, inner_high = max(s.low for s in seen), min(s.high for s in seen)
     blind = any(s.low >= s.high for s in spans if s.first < last and first < s.last)
-    whole = 0 if blind else max(inner_high - inner_low, 0) // block * block
+    whole = 0 if blind or last - first < least else max(inner_high - inner_low, 0) // block * block
     if low == inner_low:
         return Tile(first, last, low, low + whole, low + whole, high)
     if high == inner_high:
@@ -98,10 +101,11 @@ def blocks(tile: Tile, block: int) -> int:
     return (tile.full_end - tile.full) // block + -(-(tile.part_end - tile.part) // block)
 
 
-def cut(spans: Sequence[Span], rows: int, block: int) -> list[Tile]:
+def cut(spans: Sequence[Span], rows: int, block: int, guarded: bool = False) -> list[Tile]:
     """Cut all rows into tiles of at most `rows` rows at the least total cost, the most expensive tile first.
 
     A tile ends where it is full or where a span ends; all such cuts are compared, from the last row backwards.
+    Where `guarded`, only tiles full of rows have whole blocks, so that rows beyond a tile's last see nothing.
     """
     end = spans[-1].last
     stops = [s.last for s in spans]
@@ -119,7 +123,7 @@ def cut(spans: Sequence[Span], rows: int, block: int) -> list[Tile]:
     for first in sorted(reached, reverse=True):
         choices = []
         for last in ends(first):
-            tile = _tile(first, last, spans, block)
+            tile = _tile(first, last, spans, block, rows if guarded else 0)
             choices.append((START + blocks(tile, block) + best[last][0], tile))
         best[first] = min(choices, key=lambda choice: (choice[0], -choice[1].last))
     tiles, first = [], 0
@@ -137,6 +141,7 @@ def schedule(
     by_keys: bool,
     rows: int,
     block: int,
+    guarded: bool,
     device: torch.device,
 ) -> Schedule:
     """The tiles for one sequence, kept on the device from the first call on.
@@ -148,10 +153,11 @@ def schedule(
         by_keys: rows are keys, columns queries.
         rows: rows of a tile.
         block: columns of a block.
+        guarded: see `cut`.
         device: of the tables.
     """
     spans = (key_spans if by_keys else query_spans)(lengths, queries, causal)
-    tiles = cut(spans, rows, block)
+    tiles = cut(spans, rows, block, guarded)
     repeats = torch.tensor([s.last - s.first for s in spans])
     bounds = torch.tensor([[s.low for s in spans], [s.high for s in spans]], dtype=torch.int32)
     return Schedule(

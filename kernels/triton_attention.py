@@ -5,12 +5,12 @@ Letters: B batch, L keys, N queries, H heads, D head size, T tiles.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-from hmar_kernels.tiles import schedule
-from hmar_kernels.triton_backward import keys_kernel, queries_kernel
+from hmar_kernels.tiles import Schedule, schedule
+from hmar_kernels.triton_backward import keys_kernel, queries_kernel, statistics_kernel
 from hmar_kernels.triton_forward import forward_kernel, norms_kernel
 from torch import Tensor
 
@@ -30,9 +30,9 @@ class Setting:
         warps: of a program.
         stages: of the inner loop's pipeline.
         bulk: read blocks by tensor descriptors (bulk copies) where the layout allows it.
+        bulk_rows: read the numbers that belong to columns by descriptors too.
         peel: give columns that all rows see a loop of their own, without a mask.
         inline: compute the norms of keys from each block, not in a kernel of its own.
-        specialize: let warps specialise (Triton's automatic scheme).
     """
 
     rows: int
@@ -40,25 +40,36 @@ class Setting:
     warps: int = 4
     stages: int = 2
     bulk: bool = False
+    bulk_rows: bool = False
     peel: bool = True
     inline: bool = False
-    specialize: bool = False
 
 
-def setting_for(
-    kernel: str, lengths: Sequence[int], causal: bool, head_size: int, dtype: torch.dtype
-) -> Setting:
-    """The setting of a kernel: "forward", "queries" or "keys"."""
+class Settings(NamedTuple):
+    """The settings of all kernels for one kind of call.
+
+    Attributes:
+        forward: of the forward pass, a tile a few queries.
+        keys: of the backward pass over tiles of keys.
+        queries: of the backward pass over tiles of queries, where it takes two passes; None where one.
+    """
+
+    forward: Setting
+    keys: Setting
+    queries: Setting | None
+
+
+def settings_for(lengths: Sequence[int], causal: bool, head_size: int, dtype: torch.dtype) -> Settings:
+    """The settings for a list of scales."""
     if dtype == torch.float32:
-        return Setting(32, 32, 4, 2, inline=True)
+        same = Setting(32, 32, 4, 2, inline=True)
+        return Settings(same, same, same)
     if head_size > 64:
-        return Setting(64, 64, 4, 2)
+        same = Setting(64, 64, 4, 2)
+        return Settings(same, same, same)
     small = max(lengths) <= 256 and not causal
-    if kernel == "forward":
-        return Setting(64, 64, 4, 3, inline=small) if small else Setting(128, 64, 4, 3)
-    if kernel == "queries":
-        return Setting(64, 64, 4, 2, inline=small)
-    return Setting(64, 64, 4, 2)
+    forward = Setting(64, 64, 4, 3, inline=True) if small else Setting(128, 64, 4, 3)
+    return Settings(forward, Setting(64, 64, 4, 2), Setting(64, 64, 4, 2, inline=small))
 
 
 def unavailable(*, device: torch.device, dtype: torch.dtype, head_size: int, pattern: str) -> str | None:
@@ -92,26 +103,114 @@ def _bulk_readable(x: Tensor) -> bool:
     return fits and aligned and size & (size - 1) == 0 and batch * length < 2**31
 
 
-def _source(x: Tensor, block: int, bulk: bool) -> tuple[Any, tuple[int, int, int]]:
-    """What a kernel reads [B, L, H, D] by, with the strides: the tensor, or a descriptor of blocks of its rows."""
+def _sources(
+    blocks: Sequence[tuple[Tensor, int]], bulk: bool
+) -> tuple[list[Any], list[tuple[int, int, int]]]:
+    """What a kernel reads tensors [B, L, H, D] by, with the strides: pointers, or descriptors of blocks of rows."""
     if not bulk:
-        return x, _strides(x)
+        return [x for x, _ in blocks], [_strides(x) for x, _ in blocks]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    batch, length, heads, size = x.shape
-    shape, strides = [batch * length, heads * size], [x.stride(1), 1]
-    return TensorDescriptor(x, shape, strides, [block, size]), (length, 1, size)
+    sources, strides = [], []
+    for x, rows in blocks:
+        batch, length, heads, size = x.shape
+        shape = [batch * length, heads * size]
+        sources.append(TensorDescriptor(x, shape, [x.stride(1), 1], [rows, size]))
+        strides.append((length, 1, size))
+    return sources, strides
 
 
-def _norms(k: Tensor) -> Tensor:
-    """1 / |key|, [B, H, L] float32."""
-    batch, length, heads, size = k.shape
-    norms = torch.empty(batch, heads, length, device=k.device, dtype=torch.float32)
-    grid = (triton.cdiv(length, NORM_ROWS), batch * heads)
-    norms_kernel[grid](
-        k, norms, _strides(k), heads, length, D=size, WIDTH=triton.next_power_of_2(size), BLOCK=NORM_ROWS
+def _numbers(x: Tensor, block: int, bulk: bool) -> Any:
+    """What a kernel reads blocks of a contiguous array of numbers by: the tensor, or a descriptor."""
+    if not bulk:
+        return x
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, [x.numel()], [1], [block])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all launches of one call share.
+
+    Attributes:
+        q: [B, N, H, D], the last dimension contiguous, as in k and v.
+        k: [B, L, H, D].
+        v: [B, L, H, D].
+        lengths: tokens of each scale.
+        causal: scales see earlier scales.
+        softmax_scale: factor on the scores.
+        head_scale: [H], or None where nothing is normalised.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: tuple[int, ...]
+    causal: bool
+    softmax_scale: float
+    head_scale: Tensor | None
+
+    @property
+    def samples(self) -> int:
+        """Heads of all samples, B H."""
+        return self.q.shape[0] * self.q.shape[2]
+
+    def schedule(self, s: Setting, by_keys: bool = False, guarded: bool = False) -> Schedule:
+        """The tiles of a kernel."""
+        queries, device = self.q.shape[1], self.q.device
+        return schedule(self.lengths, queries, self.causal, by_keys, s.rows, s.block, guarded, device)
+
+    def bulk(self, setting: Setting, *others: Tensor) -> bool:
+        """Whether a kernel reads by descriptors."""
+        return setting.bulk and all(map(_bulk_readable, (self.q, self.k, self.v, *others)))
+
+    def bulk_rows(self, setting: Setting, bulk: bool) -> bool:
+        """Whether a kernel reads numbers by descriptors; Triton's interpreter knows no unaligned beginnings."""
+        return bulk and setting.bulk_rows and not triton.knobs.runtime.interpret
+
+    def numbers(self, *shape: int) -> Tensor:
+        """An array of float32."""
+        return torch.empty(shape, device=self.q.device, dtype=torch.float32)
+
+    def sizes(self, plan: Schedule) -> tuple[Any, ...]:
+        """The arguments tiles, bounds, count, heads, queries, keys and scale of every kernel."""
+        _, queries, heads, _ = self.q.shape
+        return plan.tiles, plan.bounds, plan.size, heads, queries, self.k.shape[1], self.softmax_scale
+
+    def constants(self, setting: Setting, bulk: bool) -> dict[str, Any]:
+        """The constants of every kernel."""
+        size = self.q.shape[3]
+        return {
+            "D": size, "WIDTH": triton.next_power_of_2(size), "BLOCK": setting.block,
+            "NORMALIZE": self.head_scale is not None, "BULK": bulk,
+            "BULK_ROWS": self.bulk_rows(setting, bulk), "PEEL": setting.peel, "STAGES": setting.stages,
+            "num_warps": setting.warps, "enable_fp_fusion": True,
+        }  # fmt: skip
+
+    def norms(self) -> Tensor:
+        """1 / |key|, [B, H, L] float32."""
+        batch, length, heads, size = self.k.shape
+        norms = self.numbers(batch, heads, length)
+        grid = (triton.cdiv(length, NORM_ROWS), batch * heads)
+        norms_kernel[grid](
+            self.k, norms, _strides(self.k), heads, length, D=size, WIDTH=triton.next_power_of_2(size),
+            BLOCK=NORM_ROWS,
+        )  # fmt: skip
+        return norms
+
+
+def _call(
+    parts: Sequence[Tensor],
+    lengths: tuple[int, ...],
+    causal: bool,
+    softmax_scale: float,
+    head_scale: Tensor | None,
+) -> _Call:
+    q, k, v = map(_contiguous_heads, parts)
+    return _Call(
+        q, k, v, lengths, causal, softmax_scale, None if head_scale is None else head_scale.contiguous()
     )
-    return norms
 
 
 def forward(
@@ -120,31 +219,82 @@ def forward(
     causal: bool,
     softmax_scale: float,
     head_scale: Tensor | None,
-    setting: Setting | None = None,
+    settings: Settings | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute out [B, N, H, D] and lse [B, H, N] from q, k and v; see `hmar_kernels.scale_attention`."""
-    q, k, v = map(_contiguous_heads, parts)
+    if head_scale is None and softmax_scale < 0:  # the kernel's maximum is that of the scaled scores
+        parts, softmax_scale = (-parts[0], *parts[1:]), -softmax_scale
+    call = _call(parts, lengths, causal, softmax_scale, head_scale)
+    q, k, v = call.q, call.k, call.v
     batch, queries, heads, size = q.shape
-    keys, normalize = k.shape[1], head_scale is not None
-    if not normalize and softmax_scale < 0:
-        q, softmax_scale = -q, -softmax_scale  # the kernel's maximum is that of the scaled scores
-    s = setting or setting_for("forward", lengths, causal, size, q.dtype)
-    bulk = s.bulk and all(map(_bulk_readable, (q, k, v)))
-    out = torch.empty(batch, queries, heads, size, device=q.device, dtype=q.dtype)
-    lse = torch.empty(batch, heads, queries, device=q.device, dtype=torch.float32)
-    plan = schedule(lengths, queries, causal, False, s.rows, s.block, q.device)
-    norms = _norms(k) if normalize and not s.inline else lse
-    (q_in, q_strides), *others = (_source(x, n, bulk) for x, n in ((q, s.rows), (k, s.block), (v, s.block)))
-    (k_in, k_strides), (v_in, v_strides) = others
+    s = (settings or settings_for(lengths, causal, size, q.dtype)).forward
+    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    lse = call.numbers(batch, heads, queries)
+    plan, bulk = call.schedule(s), call.bulk(s)
+    norms = (
+        _numbers(call.norms(), s.block, call.bulk_rows(s, bulk))
+        if head_scale is not None and not s.inline
+        else lse
+    )
+    sources, strides = _sources([(q, s.rows), (k, s.block), (v, s.block)], bulk)
     half = q.dtype == torch.float16
-    forward_kernel[(plan.size * batch * heads,)](
-        q_in, k_in, v_in, out, lse, norms, lse if head_scale is None else head_scale.contiguous(),
-        q_strides, k_strides, v_strides, plan.tiles, plan.bounds, plan.size, heads, queries, keys, softmax_scale,
-        D=size, WIDTH=triton.next_power_of_2(size), M=s.rows, BLOCK=s.block, NORMALIZE=normalize,
-        INLINE=s.inline, BULK=bulk, PEEL=s.peel, STAGES=s.stages, SPECIALIZE=s.specialize,
-        LIMIT=13.5 if half else 60.0, LIFT=14.0 if half else 0.0, num_warps=s.warps,
+    forward_kernel[(plan.size * call.samples,)](
+        *sources, out, lse, norms, lse if call.head_scale is None else call.head_scale, *strides,
+        *call.sizes(plan), M=s.rows, INLINE=s.inline, LIMIT=13.5 if half else 60.0, LIFT=14.0 if half else 0.0,
+        **call.constants(s, bulk),
     )  # fmt: skip
     return out, lse
+
+
+def _two_passes(
+    call: _Call,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gradients: Sequence[Tensor],
+    statistics: Tensor,
+    s: Setting,
+) -> Tensor:
+    """The pass over queries: write dq and the statistics; return the parts of head_scale's gradient, [B, H, T]."""
+    plan, bulk = call.schedule(s), call.bulk(s, dout)
+    head_scale = call.head_scale
+    norms = (
+        lse if head_scale is None or s.inline else _numbers(call.norms(), s.block, call.bulk_rows(s, bulk))
+    )
+    d_scale = lse if head_scale is None else call.numbers(*lse.shape[:2], plan.size)
+    blocks = [(call.q, s.rows), (call.k, s.block), (call.v, s.block), (dout, s.rows)]
+    (q, k, v, d), (q_strides, k_strides, v_strides, d_strides) = _sources(blocks, bulk)
+    queries_kernel[(plan.size * call.samples,)](
+        q, k, v, out, d, gradients[0], lse, statistics, lse.numel(), norms,
+        lse if head_scale is None else head_scale, d_scale, q_strides, k_strides, v_strides, d_strides,
+        _strides(gradients[0]), *call.sizes(plan), M=s.rows, INLINE=s.inline, FOLD=_folds(call.q.dtype),
+        **call.constants(s, bulk),
+    )  # fmt: skip
+    return d_scale
+
+
+def _folds(dtype: torch.dtype) -> bool:
+    """Whether the factor of scores may be folded into their gradients: half precision has not the range."""
+    return dtype != torch.float16
+
+
+def _statistics(call: _Call, dout: Tensor, out: Tensor, lse: Tensor, statistics: Tensor) -> None:
+    """Write the statistics of the queries, for the backward pass in one."""
+    _, queries, heads, size = call.q.shape
+    statistics_kernel[(triton.cdiv(queries, NORM_ROWS), call.samples)](
+        call.q, out, dout, lse, statistics, lse if call.head_scale is None else call.head_scale,
+        _strides(call.q), _strides(dout), lse.numel(), heads, queries, call.softmax_scale, D=size,
+        WIDTH=triton.next_power_of_2(size), BLOCK=NORM_ROWS, NORMALIZE=call.head_scale is not None,
+        FOLD=_folds(call.q.dtype),
+    )  # fmt: skip
+
+
+def _slots(device: torch.device, tiles: int, warps: int, samples: int) -> int:
+    """How many heads may be worked on at a time: those that fill the chip, and one more."""
+    if device.type != "cuda":
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(samples, -(-processors * max(16 // warps, 1) // tiles) + 1)
 
 
 def backward(
@@ -157,45 +307,35 @@ def backward(
     causal: bool,
     softmax_scale: float,
     head_scale: Tensor | None,
-    settings: tuple[Setting, Setting] | None = None,
+    settings: Settings | None = None,
 ) -> Tensor:
     """Write the gradients of q, k and v into `gradients`; return that of head_scale, [H], or an empty tensor."""
-    q, k, v, dout = map(_contiguous_heads, (*parts, dout))
-    batch, queries, heads, size = q.shape
-    keys, normalize = k.shape[1], head_scale is not None
-    names = ("queries", "keys")
-    s, t = settings or (setting_for(name, lengths, causal, size, q.dtype) for name in names)
-    dq, dk, dv = gradients
-    delta = torch.empty_like(lse)
-    inverses = torch.empty_like(lse) if normalize else lse
-    norms = _norms(k) if normalize and not s.inline else lse
-    plan = schedule(lengths, queries, causal, False, s.rows, s.block, q.device)
-    count = plan.size * batch * heads
-    d_scale = torch.empty(batch, heads, plan.size, device=q.device, dtype=torch.float32) if normalize else lse
-    scales = lse if head_scale is None else head_scale.contiguous()
-    shared = {
-        "D": size, "WIDTH": triton.next_power_of_2(size), "NORMALIZE": normalize, "FOLD": q.dtype != torch.float16
-    }  # fmt: skip
-    bulk = s.bulk and all(map(_bulk_readable, (q, k, v, dout)))
-    inputs = [_source(x, n, bulk) for x, n in ((q, s.rows), (k, s.block), (v, s.block), (dout, s.rows))]
-    (q_in, q_strides), (k_in, k_strides), (v_in, v_strides), (dout_in, dout_strides) = inputs
-    queries_kernel[(count,)](
-        q_in, k_in, v_in, out, dout_in, dq, lse, delta, inverses, norms, scales, d_scale, q_strides, k_strides,
-        v_strides, _strides(out), dout_strides, _strides(dq), plan.tiles, plan.bounds, plan.size, heads, queries,
-        keys, softmax_scale, M=s.rows, BLOCK=s.block, INLINE=s.inline, BULK=bulk, PEEL=s.peel, STAGES=s.stages,
-        SPECIALIZE=s.specialize, num_warps=s.warps, **shared,
+    call, dout = _call(parts, lengths, causal, softmax_scale, head_scale), _contiguous_heads(dout)
+    _, queries, _, size = call.q.shape
+    _, s, first = settings or settings_for(lengths, causal, size, call.q.dtype)
+    fused, device = first is None, call.q.device
+    statistics = call.numbers(2 if head_scale is None else 3, lse.numel())
+    plan, bulk = call.schedule(s, True, fused), call.bulk(s, dout)
+    sums, state, slots = lse, plan.tiles, 1
+    if first is not None:
+        d_scale = _two_passes(call, dout, out, lse, gradients, statistics, first)
+    else:
+        _statistics(call, dout, out, lse, statistics)
+        d_scale = lse if head_scale is None else call.numbers(*lse.shape[:2])
+        slots = _slots(device, plan.size, s.warps, call.samples)
+        sums = torch.zeros(slots, queries, size, device=device, dtype=torch.float32)
+        state = torch.zeros(1 + 2 * slots, device=device, dtype=torch.int32)
+    blocks = [(call.q, s.block), (call.k, s.rows), (call.v, s.rows), (dout, s.block)]
+    sources, strides = _sources(blocks, bulk)
+    rows = [
+        _numbers(x, s.block, call.bulk_rows(s, bulk)) for x in (statistics[0], statistics[1], statistics[-1])
+    ]
+    keys_kernel[(plan.size * call.samples,)](
+        *sources, *gradients, *rows, lse if call.head_scale is None else call.head_scale, d_scale, sums, state,
+        slots, *strides, *map(_strides, gradients), *call.sizes(plan), J=s.rows, FOLD=_folds(call.q.dtype),
+        FUSED=fused, **call.constants(s, bulk),
     )  # fmt: skip
-    plan = schedule(lengths, queries, causal, True, t.rows, t.block, q.device)
-    bulk = t.bulk and all(map(_bulk_readable, (q, k, v, dout)))
-    inputs = [_source(x, n, bulk) for x, n in ((q, t.block), (k, t.rows), (v, t.rows), (dout, t.block))]
-    (q_in, q_strides), (k_in, k_strides), (v_in, v_strides), (dout_in, dout_strides) = inputs
-    keys_kernel[(plan.size * batch * heads,)](
-        q_in, k_in, v_in, dout_in, dk, dv, lse, delta, inverses, scales, q_strides, k_strides, v_strides,
-        dout_strides, _strides(dk), _strides(dv), plan.tiles, plan.bounds, plan.size, heads, queries, keys,
-        softmax_scale, J=t.rows, BLOCK=t.block, BULK=bulk, PEEL=t.peel, STAGES=t.stages, SPECIALIZE=t.specialize,
-        num_warps=t.warps, **shared,
-    )  # fmt: skip
-    return d_scale.sum(dim=(0, 2)) if normalize else lse.new_empty(0)
+    return lse.new_empty(0) if head_scale is None else d_scale.sum(dim=(0, *range(2, d_scale.ndim)))
 
 
 @torch.library.custom_op("hmar::scale_attention", mutates_args=())

@@ -1,11 +1,14 @@
-"""Triton: attention over scales, backward, in two passes over the tiles of the schedule.
+"""Triton: attention over scales, backward: in one pass over tiles of keys, or in two passes.
 
-The pass over tiles of queries gives their gradient and, on the way, what the other pass needs of every query: the
-product of output and its gradient, and the inverse norm. The pass over tiles of keys gives the gradients of keys and
-values. Both compute the weights anew from the log-sum-exp of the forward pass, and normalise queries and keys as it
-does.
+The weights are computed anew from the log-sum-exp of the forward pass. In two passes, tiles of queries give their
+gradient, then tiles of keys theirs: seven matrix products for each block. In one pass, tiles of keys give both, five
+products: a block's share of the queries' gradient is added to float32 sums in memory, which the last tile of a head
+turns into the gradient. Only a few heads are worked on at a time, so they share a few such sums, which stay in the
+chip's cache: tiles are taken in order, and wait until the head that had their sums before is finished.
 
 With q̂ = q / max(|q|, epsilon), a gradient g of q̂ becomes (g - q̂ (q̂·g)) / |q|; where the norm is clamped, g / epsilon.
+The factor of scores is folded into the scores' gradients where their type has the range for it (FOLD): that of the
+queries, f = temperature / |q|, of which dk = sum of (slope f) q needs no normalised copy of q.
 
 Letters: as in `triton_forward`; J are rows where keys are tiles, M columns.
 """
@@ -26,6 +29,15 @@ from hmar_kernels.triton_forward import (
     store_rows,
 )
 
+TINY = tl.constexpr(1e-30)
+"""Stands for a head scale of zero, whose gradient is found by dividing by it."""
+
+
+@triton.jit
+def nonzero(head_scale):
+    """The head scale, or something tiny instead of zero."""
+    return tl.where(head_scale == 0.0, TINY, head_scale)
+
 
 @triton.jit
 def through_norm(x, inverse, gradient):
@@ -37,35 +49,83 @@ def through_norm(x, inverse, gradient):
 
 
 @triton.jit
-def _gather_queries(
-    acc, q, k, k_stride, v, v_stride, column, dout, lse, delta, norms, low, high, factor, start, stop,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, INLINE: tl.constexpr,
-    FOLD: tl.constexpr, BULK: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+def write_statistics(
+    statistics, size, start, first, last, total, product, inverse, factor, BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Write what `gather_keys` needs of queries: log-sum-exp, output times its gradient, factor of the scores.
+
+    Each is an array of `size` numbers, [B, H, N], in which this head begins at `start`. Logarithms are of base 2.
+    """
+    rows = first + tl.arange(0, BLOCK)
+    at = statistics + start + rows
+    tl.store(at, total, mask=rows < last)
+    if NORMALIZE:
+        if FOLD:
+            inverse = inverse * factor
+            product = product * inverse
+        tl.store(at + 2 * size, inverse, mask=rows < last)
+    tl.store(at + size, product, mask=rows < last)
+
+
+@triton.jit
+def statistics_kernel(
+    q, out, dout, lse, statistics, head_scale, q_strides, dout_strides, size, heads, queries, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """The statistics of BLOCK queries of one head, for the backward pass in one."""
+    sample = tl.program_id(1)
+    b, h = sample // heads, sample % heads
+    first = tl.program_id(0) * BLOCK
+    o_source = out + (tl.cast(b, tl.int64) * queries * heads + h) * D
+    o = load_rows(o_source, heads * D, 0, first, queries, BLOCK, D, WIDTH, True, False).to(tl.float32)
+    source, stride, column = head_of(dout, dout_strides, b, h, D, False)
+    g = load_rows(source, stride, column, first, queries, BLOCK, D, WIDTH, True, False).to(tl.float32)
+    start = tl.cast(sample, tl.int64) * queries
+    total = load_row(lse, start, first, queries, BLOCK, True, False) * LOG2E
+    inverse, factor = total, scale * LOG2E
+    if NORMALIZE:
+        source, stride, column = head_of(q, q_strides, b, h, D, False)
+        inverse = inverse_norm(
+            load_rows(source, stride, column, first, queries, BLOCK, D, WIDTH, True, False)
+        )
+        factor = factor * nonzero(tl.load(head_scale + h))
+    product = tl.sum(o * g, 1)
+    write_statistics(
+        statistics, size, start, first, queries, total, product, inverse, factor, BLOCK, NORMALIZE, FOLD
+    )
+
+
+@triton.jit
+def gather_queries(
+    acc, q, k, k_stride, v, v_stride, column, dout, total, product, norms, norms_start, low, high, factor,
+    start, stop, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
+    INLINE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PART: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Add to acc [M, D] the gradients of scores times keys `start` to `stop`, keys normalised where NORMALIZE."""
-    for first in tl.range(start, stop, BLOCK, num_stages=STAGES, warp_specialize=SPECIALIZE):
+    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
         keys = first + tl.arange(0, BLOCK)
         k_block = load_rows(k, k_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
         if NORMALIZE:
             if INLINE:
                 inverse = inverse_norm(k_block)
             else:
-                inverse = load_row(norms, first, stop, BLOCK, PART)
+                inverse = load_row(norms, norms_start, first, stop, BLOCK, PART, BULK_ROWS)
             if not FOLD:
                 k_block = (k_block.to(tl.float32) * inverse[:, None]).to(k_block.dtype)
         scores = tl.dot(q, tl.trans(k_block), input_precision="ieee")  # [M, J]
         if NORMALIZE and FOLD:
-            scores = scores * inverse[None, :] - lse[:, None]
+            scores = scores * inverse[None, :] - total[:, None]
         else:
-            scores = scores * factor - lse[:, None]
+            scores = scores * factor - total[:, None]
         if PART:
             sees = (keys[None, :] >= low[:, None]) & (keys[None, :] < tl.minimum(high, stop)[:, None])
             scores = tl.where(sees, scores, float("-inf"))
         weights = tl.exp2(scores)
         v_block = load_rows(v, v_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
         slopes = tl.dot(dout, tl.trans(v_block), input_precision="ieee")  # [M, J]
-        slopes = weights * (slopes - delta[:, None])
+        slopes = weights * (slopes - product[:, None])
         if NORMALIZE and FOLD:
             slopes = slopes * inverse[None, :]
         acc = tl.dot(slopes.to(k_block.dtype), k_block, acc, input_precision="ieee")
@@ -74,13 +134,13 @@ def _gather_queries(
 
 @triton.jit
 def queries_kernel(
-    q, k, v, out, dout, dq, lse, delta, inverses, norms, head_scale, d_scale, q_strides, k_strides, v_strides,
-    out_strides, dout_strides, dq_strides, tiles, bounds, count, heads, queries, keys, scale,
+    q, k, v, out, dout, dq, lse, statistics, size, norms, head_scale, d_scale, q_strides, k_strides, v_strides,
+    dout_strides, dq_strides, tiles, bounds, count, heads, queries, keys, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
-    INLINE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, PEEL: tl.constexpr, STAGES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+    INLINE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head: dq, and for the other pass `delta` and `inverses` [B, H, N].
+    """The first of two passes, one tile of queries of one head: dq, and the statistics for the other pass.
 
     Where NORMALIZE, also this tile's part of the gradient of head_scale, to d_scale [B H, T].
     """
@@ -88,36 +148,33 @@ def queries_kernel(
     sample = tl.program_id(0) // count
     b, h = sample // heads, sample % heads
     first, last = tl.load(tile), tl.load(tile + 1)
-    rows = first + tl.arange(0, M)
-    live = rows < last
-    at = tl.cast(sample, tl.int64) * queries + rows
-    o_rows, o_stride, column = head_of(out, out_strides, b, h, D, False)
-    o_tile = load_rows(o_rows, o_stride, 0, first, last, M, D, WIDTH, True, False)  # [M, D]
+    o_source = out + (tl.cast(b, tl.int64) * queries * heads + h) * D
+    o_tile = load_rows(o_source, heads * D, 0, first, last, M, D, WIDTH, True, False).to(tl.float32)  # [M, D]
     q_rows, q_stride, column = head_of(q, q_strides, b, h, D, BULK)
     k_rows, k_stride, column = head_of(k, k_strides, b, h, D, BULK)
     v_rows, v_stride, column = head_of(v, v_strides, b, h, D, BULK)
     g_rows, g_stride, column = head_of(dout, dout_strides, b, h, D, BULK)
     dout_tile = load_rows(g_rows, g_stride, column, first, last, M, D, WIDTH, True, BULK)  # [M, D]
     q_tile = load_rows(q_rows, q_stride, column, first, last, M, D, WIDTH, True, BULK)  # [M, D]
-    product = tl.sum(o_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
-    tl.store(delta + at, product, mask=live)
-    low = load_row(bounds, first, last, M, True)
-    high = load_row(bounds + queries, first, last, M, True)
-    total = tl.load(lse + at, mask=live, other=0.0) * LOG2E
-    factor = scale * LOG2E
+    low = load_row(bounds, 0, first, last, M, True, False)
+    high = load_row(bounds, queries, first, last, M, True, False)
+    start = tl.cast(sample, tl.int64) * queries
+    total = load_row(lse, start, first, last, M, True, False) * LOG2E
+    product = tl.sum(o_tile * dout_tile.to(tl.float32), 1)
+    inverse, factor, temperature, q_hat = total, scale * LOG2E, 1.0, q_tile
     if NORMALIZE:
-        norms += tl.cast(sample, tl.int64) * keys
         temperature = tl.load(head_scale + h)
         inverse = inverse_norm(q_tile)
-        tl.store(inverses + at, inverse, mask=live)
         if FOLD:
-            q_hat = (q_tile.to(tl.float32) * (inverse * temperature * factor)[:, None]).to(q_tile.dtype)
+            q_hat = (q_tile.to(tl.float32) * (inverse * (temperature * factor))[:, None]).to(q_tile.dtype)
         else:
             q_hat = (q_tile.to(tl.float32) * inverse[:, None]).to(q_tile.dtype)
-            factor *= temperature
-    else:
-        q_hat = q_tile
+        factor = factor * temperature
+    write_statistics(
+        statistics, size, start, first, last, total, product, inverse, factor, M, NORMALIZE, FOLD
+    )
     acc = tl.zeros([M, WIDTH], tl.float32)
+    norms_start = tl.cast(sample, tl.int64) * keys
     full, full_end, part, part_end = (
         tl.load(tile + 2),
         tl.load(tile + 3),
@@ -125,46 +182,47 @@ def queries_kernel(
         tl.load(tile + 5),
     )
     if PEEL:
-        acc = _gather_queries(
-            acc, q_hat, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms, low, high,
-            factor, full, full_end,
-            D, WIDTH, BLOCK, NORMALIZE, INLINE, FOLD, BULK, False, STAGES, SPECIALIZE,
+        acc = gather_queries(
+            acc, q_hat, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms,
+            norms_start, low, high, factor, full, full_end,
+            D, WIDTH, BLOCK, NORMALIZE, INLINE, FOLD, BULK, BULK_ROWS, False, STAGES,
         )  # fmt: skip
     else:
         part, part_end = tl.minimum(full, part), tl.maximum(full_end, part_end)
-    acc = _gather_queries(
-        acc, q_hat, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms, low, high,
-        factor, part, part_end,
-        D, WIDTH, BLOCK, NORMALIZE, INLINE, FOLD, BULK, True, 1 if PEEL else STAGES, False,
+    acc = gather_queries(
+        acc, q_hat, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms,
+        norms_start, low, high, factor, part, part_end,
+        D, WIDTH, BLOCK, NORMALIZE, INLINE, FOLD, BULK, BULK_ROWS, True, STAGES,
     )  # fmt: skip
     acc *= scale
     if NORMALIZE:
         q_tile = load_rows(q_rows, q_stride, column, first, last, M, D, WIDTH, True, BULK)
         acc, along = through_norm(q_tile, inverse, acc)
-        part_of_scale = tl.sum(tl.where(live, along, 0.0), 0)
-        tl.store(d_scale + tl.program_id(0), part_of_scale)
+        tl.store(d_scale + tl.program_id(0), tl.sum(tl.where(first + tl.arange(0, M) < last, along, 0.0), 0))
         acc *= temperature
     d_rows, d_stride, column = head_of(dq, dq_strides, b, h, D, False)
     store_rows(d_rows, d_stride, first, last, acc, M, D, WIDTH)
 
 
 @triton.jit
-def _gather_keys(
-    dk, dv, k, v, q, q_stride, dout, dout_stride, column, lse, delta, inverses, low, high, factor, start, stop,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
-    BULK: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
+def gather_keys(
+    dk, dv, sums, k, v, q, q_stride, dout, dout_stride, column, totals, products, inverses, start_of_head,
+    low, high, factor, start, stop, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PART: tl.constexpr,
+    FUSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv [J, D] what the queries `start` to `stop` give; dk times log2(e) where NORMALIZE and FOLD."""
-    for first in tl.range(start, stop, BLOCK, num_stages=STAGES, warp_specialize=SPECIALIZE):
+    """Add to dk and dv [J, D] what the queries `start` to `stop` give; dk times log2(e) where NORMALIZE and FOLD.
+
+    Where FUSED, add the gradients of scores times keys to the rows of `sums` [N, D], without that factor.
+    """
+    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
         queries = first + tl.arange(0, BLOCK)
         q_block = load_rows(q, q_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [M, D]
-        total = load_row(lse, first, stop, BLOCK, PART) * LOG2E
-        product = load_row(delta, first, stop, BLOCK, PART)
+        total = load_row(totals, start_of_head, first, stop, BLOCK, PART, BULK_ROWS)
+        product = load_row(products, start_of_head, first, stop, BLOCK, PART, BULK_ROWS)
         if NORMALIZE:
-            inverse = load_row(inverses, first, stop, BLOCK, PART)
-            if FOLD:
-                inverse *= factor
-            else:
+            inverse = load_row(inverses, start_of_head, first, stop, BLOCK, PART, BULK_ROWS)
+            if not FOLD:
                 q_block = (q_block.to(tl.float32) * inverse[:, None]).to(q_block.dtype)
         scores = tl.dot(k, tl.trans(q_block), input_precision="ieee")  # [J, M]
         if NORMALIZE and FOLD:
@@ -179,24 +237,74 @@ def _gather_keys(
         dv = tl.dot(weights.to(dout_block.dtype), dout_block, dv, input_precision="ieee")
         slopes = tl.dot(v, tl.trans(dout_block), input_precision="ieee")  # [J, M]
         if NORMALIZE and FOLD:
-            slopes = weights * (slopes * inverse[None, :] - (product * inverse)[None, :])
+            slopes = weights * (slopes * inverse[None, :] - product[None, :])
         else:
             slopes = weights * (slopes - product[None, :])
-        dk = tl.dot(slopes.to(q_block.dtype), q_block, dk, input_precision="ieee")
+        narrow = slopes.to(q_block.dtype)
+        dk = tl.dot(narrow, q_block, dk, input_precision="ieee")
+        if FUSED:
+            columns = tl.arange(0, WIDTH)
+            share = tl.dot(tl.trans(narrow), k, input_precision="ieee")  # [M, D]
+            inside = (queries < stop)[:, None] & (columns < D)[None, :]
+            pointers = sums + queries[:, None] * D + columns[None, :]
+            if PART or D < WIDTH:
+                tl.atomic_add(pointers, share, mask=inside, sem="relaxed")
+            else:
+                tl.atomic_add(pointers, share, sem="relaxed")
     return dk, dv
 
 
 @triton.jit
-def keys_kernel(
-    q, k, v, dout, dk, dv, lse, delta, inverses, head_scale, q_strides, k_strides, v_strides, dout_strides,
-    dk_strides, dv_strides, tiles, bounds, count, heads, queries, keys, scale,
-    D: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
-    FOLD: tl.constexpr, BULK: tl.constexpr, PEEL: tl.constexpr, STAGES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+def finish_queries(
+    dq, dq_stride, d_scale, sums, q, q_stride, column, head_scale, queries, scale, D: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of one head: dk and dv, after `queries_kernel` has written `delta` and `inverses`."""
-    tile = tiles + tl.program_id(0) % count * 6
-    sample = tl.program_id(0) // count
+    """Turn the complete `sums` [N, D] of a head into dq and a part of the head scale's gradient; clear them."""
+    columns = tl.arange(0, WIDTH)
+    part_of_scale = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, queries, BLOCK, num_stages=1):
+        rows = first + tl.arange(0, BLOCK)
+        inside = (rows < queries)[:, None] & (columns < D)[None, :]
+        pointers = sums + rows[:, None] * D + columns[None, :]
+        gradient = tl.load(pointers, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(pointers, tl.zeros([BLOCK, WIDTH], tl.float32), mask=inside)
+        if NORMALIZE:
+            q_block = load_rows(q, q_stride, column, first, queries, BLOCK, D, WIDTH, True, BULK)
+            inverse = inverse_norm(q_block)
+            if FOLD:  # the sums are of the gradient of q̂ times log2(e) / |q|
+                gradient *= LN2 / inverse[:, None]
+                gradient, along = through_norm(q_block, inverse, gradient)
+                along = along / head_scale
+            else:
+                gradient, along = through_norm(q_block, inverse, gradient * scale)
+                gradient *= head_scale
+            part_of_scale += tl.where(rows < queries, along, 0.0)
+        else:
+            gradient *= scale
+        store_rows(dq, dq_stride, first, queries, gradient, BLOCK, D, WIDTH)
+    if NORMALIZE:
+        tl.store(d_scale, tl.sum(part_of_scale, 0))
+
+
+@triton.jit
+def keys_kernel(
+    q, k, v, dout, dq, dk, dv, totals, products, inverses, head_scale, d_scale, sums, state, slots, q_strides,
+    k_strides, v_strides, dout_strides, dq_strides, dk_strides, dv_strides, tiles, bounds, count, heads,
+    queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr,
+    FUSED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys of one head: dk and dv from the statistics of the queries.
+
+    Where FUSED, also dq and a part of head_scale's gradient, d_scale [B H], by the sums [slots, N, D] and a state
+    [1 + 2 slots], zero at first: the tiles taken; for each slot the tiles that are done, and the heads.
+    """
+    if FUSED:
+        ticket = tl.atomic_add(state, 1, sem="relaxed")
+    else:
+        ticket = tl.program_id(0)
+    tile = tiles + ticket % count * 6
+    sample = ticket // count
     b, h = sample // heads, sample % heads
     first, last = tl.load(tile), tl.load(tile + 1)
     q_rows, q_stride, column = head_of(q, q_strides, b, h, D, BULK)
@@ -205,16 +313,21 @@ def keys_kernel(
     g_rows, g_stride, column = head_of(dout, dout_strides, b, h, D, BULK)
     k_tile = load_rows(k_rows, k_stride, column, first, last, J, D, WIDTH, True, BULK)  # [J, D]
     v_tile = load_rows(v_rows, v_stride, column, first, last, J, D, WIDTH, True, BULK)  # [J, D]
-    low = load_row(bounds, first, last, J, True)
-    high = load_row(bounds + keys, first, last, J, True)
-    at = tl.cast(sample, tl.int64) * queries
-    factor = scale * LOG2E
+    low = load_row(bounds, 0, first, last, J, True, False)
+    high = load_row(bounds, keys, first, last, J, True, False)
+    start = tl.cast(sample, tl.int64) * queries
+    factor, temperature, k_hat = scale * LOG2E, 1.0, k_tile
     if NORMALIZE:
-        factor *= tl.load(head_scale + h)
+        temperature = nonzero(tl.load(head_scale + h))
+        factor = factor * temperature
         inverse = inverse_norm(k_tile)
         k_hat = (k_tile.to(tl.float32) * inverse[:, None]).to(k_tile.dtype)
-    else:
-        k_hat = k_tile
+    slot = state
+    if FUSED:
+        slot = state + 1 + sample % slots * 2
+        sums += tl.cast(sample % slots, tl.int64) * queries * D
+        while tl.atomic_add(slot + 1, 0, sem="acquire") < sample // slots:
+            pass
     d_key = tl.zeros([J, WIDTH], tl.float32)
     d_value = tl.zeros([J, WIDTH], tl.float32)
     full, full_end, part, part_end = (
@@ -224,25 +337,35 @@ def keys_kernel(
         tl.load(tile + 5),
     )
     if PEEL:
-        d_key, d_value = _gather_keys(
-            d_key, d_value, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, lse + at, delta + at,
-            inverses + at, low, high, factor, full, full_end,
-            D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, False, STAGES, SPECIALIZE,
+        d_key, d_value = gather_keys(
+            d_key, d_value, sums, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, totals, products,
+            inverses, start, low, high, factor, full, full_end,
+            D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, BULK_ROWS, False, FUSED, STAGES,
         )  # fmt: skip
     else:
         part, part_end = tl.minimum(full, part), tl.maximum(full_end, part_end)
-    d_key, d_value = _gather_keys(
-        d_key, d_value, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, lse + at, delta + at,
-        inverses + at, low, high, factor, part, part_end,
-        D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, True, 1 if PEEL else STAGES, False,
+    d_key, d_value = gather_keys(
+        d_key, d_value, sums, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, totals, products,
+        inverses, start, low, high, factor, part, part_end,
+        D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, BULK_ROWS, True, FUSED, STAGES,
     )  # fmt: skip
+    d_rows, d_stride, _ = head_of(dv, dv_strides, b, h, D, False)
+    store_rows(d_rows, d_stride, first, last, d_value, J, D, WIDTH)
     if NORMALIZE:
         d_key *= LN2 if FOLD else factor * LN2
         k_tile = load_rows(k_rows, k_stride, column, first, last, J, D, WIDTH, True, BULK)
         d_key, _ = through_norm(k_tile, inverse, d_key)
     else:
         d_key *= scale
-    d_rows, d_stride, column = head_of(dk, dk_strides, b, h, D, False)
+    d_rows, d_stride, _ = head_of(dk, dk_strides, b, h, D, False)
     store_rows(d_rows, d_stride, first, last, d_key, J, D, WIDTH)
-    d_rows, d_stride, column = head_of(dv, dv_strides, b, h, D, False)
-    store_rows(d_rows, d_stride, first, last, d_value, J, D, WIDTH)
+    if FUSED:
+        tl.debug_barrier()  # this program's additions come before its mark
+        if tl.atomic_add(slot, 1, sem="acq_rel") % count == count - 1:
+            d_rows, d_stride, _ = head_of(dq, dq_strides, b, h, D, False)
+            finish_queries(
+                d_rows, d_stride, d_scale + sample, sums, q_rows, q_stride, column, temperature, queries, scale,
+                D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK,
+            )  # fmt: skip
+            tl.debug_barrier()
+            tl.atomic_add(slot + 1, 1, sem="release")

@@ -50,13 +50,18 @@ def load_rows(
 
 
 @triton.jit
-def load_row(source, first, last, BLOCK: tl.constexpr, CHECK: tl.constexpr):
-    """[BLOCK] numbers from `first` on, 0 from `last` on where CHECK; `source` points to number 0."""
+def load_row(source, start, first, last, BLOCK: tl.constexpr, CHECK: tl.constexpr, BULK: tl.constexpr):
+    """[BLOCK] numbers from `start` + `first` on; 0 from `last` on where CHECK.
+
+    `source` points to the array's beginning, or is its descriptor where BULK (and numbers from `last` on are others).
+    """
     at = first + tl.arange(0, BLOCK)
-    if CHECK:
-        x = tl.load(source + at, mask=at < last, other=0)
+    if BULK:
+        x = source.load([tl.cast(start + first, tl.int32)])
+    elif CHECK:
+        x = tl.load(source + start + at, mask=at < last, other=0)
     else:
-        x = tl.load(source + at)
+        x = tl.load(source + start + at)
     return x
 
 
@@ -104,16 +109,15 @@ def norms_kernel(k, norms, strides, heads, keys, D: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def _attend(
-    acc, total, top, q, k, k_stride, v, v_stride, column, norms, low, high, factor, start, stop,
+    acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, start, stop,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, INLINE: tl.constexpr,
-    BULK: tl.constexpr, PART: tl.constexpr, BOUNDED: tl.constexpr, STAGES: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
+    BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PART: tl.constexpr, BOUNDED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Let queries q [M, D] attend to the keys `start` to `stop`, with bounds for each query where PART.
 
     Returns the sums of values [M, D] and of weights [M], and the maximum [M] that they are relative to.
     """
-    for first in tl.range(start, stop, BLOCK, num_stages=STAGES, warp_specialize=SPECIALIZE):
+    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
         keys = first + tl.arange(0, BLOCK)
         k_block = load_rows(k, k_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
         scores = tl.dot(q, tl.trans(k_block), input_precision="ieee")  # [M, J]
@@ -121,7 +125,7 @@ def _attend(
             if INLINE:
                 inverse = inverse_norm(k_block)
             else:
-                inverse = load_row(norms, first, stop, BLOCK, PART)
+                inverse = load_row(norms, norms_start, first, stop, BLOCK, PART, BULK_ROWS)
             if BOUNDED:
                 scores = scores * inverse[None, :] - top[:, None]
             else:
@@ -146,10 +150,10 @@ def _attend(
 
 @triton.jit
 def _attend_to_all(
-    top, q, k, k_stride, v, v_stride, column, norms, low, high, factor, tile,
+    top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, tile,
     M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
-    INLINE: tl.constexpr, BULK: tl.constexpr, PEEL: tl.constexpr, BOUNDED: tl.constexpr,
-    STAGES: tl.constexpr, SPECIALIZE: tl.constexpr,
+    INLINE: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr, BOUNDED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Let the queries of a tile attend to both pieces of its keys: one loop each where PEEL, one over both else."""
     acc = tl.zeros([M, WIDTH], tl.float32)
@@ -162,14 +166,14 @@ def _attend_to_all(
     )
     if PEEL:
         acc, total, top = _attend(
-            acc, total, top, q, k, k_stride, v, v_stride, column, norms, low, high, factor, full, full_end,
-            D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, False, BOUNDED, STAGES, SPECIALIZE,
+            acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor,
+            full, full_end, D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, BULK_ROWS, False, BOUNDED, STAGES,
         )  # fmt: skip
     else:
         part, part_end = tl.minimum(full, part), tl.maximum(full_end, part_end)
     return _attend(
-        acc, total, top, q, k, k_stride, v, v_stride, column, norms, low, high, factor, part, part_end,
-        D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, True, BOUNDED, 1 if PEEL else STAGES, False,
+        acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, part, part_end,
+        D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, BULK_ROWS, True, BOUNDED, STAGES,
     )  # fmt: skip
 
 
@@ -177,8 +181,8 @@ def _attend_to_all(
 def forward_kernel(
     q, k, v, out, lse, norms, head_scale, q_strides, k_strides, v_strides, tiles, bounds, count, heads,
     queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-    NORMALIZE: tl.constexpr, INLINE: tl.constexpr, BULK: tl.constexpr, PEEL: tl.constexpr,
-    STAGES: tl.constexpr, SPECIALIZE: tl.constexpr, LIMIT: tl.constexpr, LIFT: tl.constexpr,
+    NORMALIZE: tl.constexpr, INLINE: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr,
+    STAGES: tl.constexpr, LIMIT: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
     """One tile of one head: out [B, N, H, D] and lse [B, H, N], from q, k and v of any strides (of B, L and H).
 
@@ -195,30 +199,30 @@ def forward_kernel(
     k_rows, k_stride, column = head_of(k, k_strides, b, h, D, BULK)
     v_rows, v_stride, column = head_of(v, v_strides, b, h, D, BULK)
     q_tile = load_rows(q_rows, q_stride, column, first, last, M, D, WIDTH, True, BULK)  # [M, D]
-    low = load_row(bounds, first, last, M, True)
-    high = load_row(bounds + queries, first, last, M, True)
+    low = load_row(bounds, 0, first, last, M, True, False)
+    high = load_row(bounds, queries, first, last, M, True, False)
+    norms_start = tl.cast(sample, tl.int64) * keys
     if NORMALIZE:
-        norms += tl.cast(sample, tl.int64) * keys
         temperature = tl.load(head_scale + h) * scale * LOG2E
         q_tile = (q_tile.to(tl.float32) * (inverse_norm(q_tile) * temperature)[:, None]).to(q_tile.dtype)
         ceiling = tl.abs(temperature)
         if ceiling <= LIMIT:
             acc, total, top = _attend_to_all(
                 tl.zeros([M], tl.float32) + (ceiling - LIFT), q_tile, k_rows, k_stride, v_rows, v_stride, column,
-                norms, low, high, 1.0, tile,
-                M, D, WIDTH, BLOCK, True, INLINE, BULK, PEEL, True, STAGES, SPECIALIZE,
+                norms, norms_start, low, high, 1.0, tile,
+                M, D, WIDTH, BLOCK, True, INLINE, BULK, BULK_ROWS, PEEL, True, STAGES,
             )  # fmt: skip
         else:
             acc, total, top = _attend_to_all(
                 tl.full([M], LOWEST, tl.float32), q_tile, k_rows, k_stride, v_rows, v_stride, column,
-                norms, low, high, 1.0, tile,
-                M, D, WIDTH, BLOCK, True, INLINE, BULK, PEEL, False, STAGES, SPECIALIZE,
+                norms, norms_start, low, high, 1.0, tile,
+                M, D, WIDTH, BLOCK, True, INLINE, BULK, BULK_ROWS, PEEL, False, STAGES,
             )  # fmt: skip
     else:
         acc, total, top = _attend_to_all(
             tl.full([M], LOWEST, tl.float32), q_tile, k_rows, k_stride, v_rows, v_stride, column,
-            norms, low, high, scale * LOG2E, tile,
-            M, D, WIDTH, BLOCK, False, INLINE, BULK, PEEL, False, STAGES, SPECIALIZE,
+            norms, norms_start, low, high, scale * LOG2E, tile,
+            M, D, WIDTH, BLOCK, False, INLINE, BULK, BULK_ROWS, PEEL, False, STAGES,
         )  # fmt: skip
     total = tl.where(rows < last, total, 1.0)
     tl.store(lse + tl.cast(sample, tl.int64) * queries + rows, (top + tl.log2(total)) * LN2, mask=rows < last)
