@@ -1,7 +1,10 @@
 """`hmar bench-attention` on tiny shapes, on the CPU."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ import hmar_kernels.sdpa
 import numpy as np
 import pytest
 import torch
+from hmar_kernels import IMPLEMENTATIONS
 from PIL import Image
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
 from hmar_cli.benchmarks import attention
+from hmar_cli.benchmarks.run import TIMED
 from hmar_cli.commands.bench_attention import base_grid
 
 TINY = (
@@ -48,14 +53,15 @@ def assert_drawn(path: Path) -> None:
 
 
 def test_attention_is_checked_timed_and_drawn(tmp_path: Path) -> None:
-    result = hmar(*TINY, "--dtypes", "fp32,bf16", "--out", tmp_path, "--json")
+    names = ("--implementations", "masked,sdpa,flex,varlen")
+    result = hmar(*TINY, *names, "--dtypes", "fp32,bf16", "--out", tmp_path, "--json")
     assert result.exit_code == 0, result.output
     assert "no GPU" in result.stderr and "masked, diagonal 1,2,3x4: forward " in result.stderr
     document = json.loads(result.stdout)["speed"]
     assert document == json.loads((tmp_path / "speed.json").read_text())
     assert document["complete"] and "4 D per visible pair" in document["flop_model"]
     rows = document["rows"]
-    assert len(rows) == 2 * 2 * 2 * 5  # dtypes, normalisation, patterns, implementations
+    assert len(rows) == 2 * 2 * 2 * 4  # dtypes, normalisation, patterns, implementations
     for row in rows:
         timed = row["implementation"] in ("masked", "sdpa")
         assert row["status"] == ("ok" if timed else "unavailable"), row
@@ -242,6 +248,7 @@ def test_patterns(tmp_path: Path) -> None:
 
 
 def test_presets() -> None:
+    assert TIMED[0] == "masked" and {*TIMED, "reference"} == set(IMPLEMENTATIONS)
     cuda = torch.device("cuda")
     paper, h100 = base_grid("paper", cuda).cases(), base_grid("h100", cuda).cases()
     assert {(c.batch, c.head_size, c.dtype, c.normalised) for c in paper} == {(16, 64, "fp16", False)}
@@ -297,3 +304,18 @@ def test_help_names_every_flag() -> None:
         "--json",
     ):
         assert flag in result.stdout
+
+
+def test_tritons_kernels_pass_in_the_interpreter(tmp_path: Path) -> None:
+    flags = "--sides 1,2 --batch 1 --heads 1 --head-size 32 --seconds 0 --device cpu --implementations triton"
+    more = ("--normalise", "on", "--pattern", "causal", "--out", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "hmar_cli", "bench-attention", *flags.split(), *more],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = rows_of(tmp_path)
+    assert row["status"] == "ok" and set(row["deviations"]) == {"out", "dq", "dk", "dv", "dscale"}
