@@ -231,7 +231,8 @@ class _Phase:
             def impose(x: Tensor, a: float) -> Tensor:
                 return torch.where(known, math.sqrt(a) * tokens + math.sqrt(1 - a) * initial, x)
 
-        predict = _guided(self.head, z, len(places), w)
+        exact = self.process.timesteps[-1] if settings.head_sampler == "ddpm" else None
+        predict = _guided(self.head, z, len(places), w, exact)
         if settings.head_sampler == "ddpm":
             return ancestral(predict, initial, self.process, draws, settings.temperature, impose)
         return multistep(predict, initial, self.process, 1 if settings.head_sampler == "ddim" else 2, impose)
@@ -249,15 +250,23 @@ def compile_heads(model: MaskedTransformer) -> None:
             head.graphed = True
 
 
-def _guided(head: DiffusionHead, z: Tensor, batch: int, w: float) -> Predict:
-    """The head under guidance: it acts on the noise alone, the variance is that of the conditional half."""
+def _guided(head: DiffusionHead, z: Tensor, batch: int, w: float, exact: int | None) -> Predict:
+    """The head under guidance: it acts on the noise alone, the variance is that of the conditional half.
+
+    At the timestep `exact` the head runs in float32: ancestral sampling begins where next to nothing of the token is
+    left, and multiplies what the head is off by with some hundreds.
+    """
     halves = len(z) // batch
 
     def predict(x: Tensor, t: int) -> tuple[Tensor, Tensor | None]:
         times = torch.full((1, 1), t, device=x.device)
-        if head.graphed:
-            torch.compiler.cudagraph_mark_step_begin()  # the last call's outputs may be overwritten
-        noise, value = head(x.repeat(halves, 1, 1), times, z)
+        if t == exact:
+            with torch.autocast(x.device.type, enabled=False):
+                noise, value = head.forward(x.repeat(halves, 1, 1), times, z.float())  # not what was compiled
+        else:
+            if head.graphed:
+                torch.compiler.cudagraph_mark_step_begin()  # the last call's outputs may be overwritten
+            noise, value = head(x.repeat(halves, 1, 1), times, z)
         if halves == 1:
             return noise, value
         conditional, without = noise.chunk(2)

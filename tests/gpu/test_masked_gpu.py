@@ -152,9 +152,10 @@ def test_a_recorded_step_is_that_step(pivots: str, compile: bool) -> None:
             if name == "plain":
                 loss, _ = trained.losses(batch, shapes)
                 loss.backward()
+                loss = loss.detach()  # while its graph lives, gradients are bound to this stream
             else:
                 loss, _ = trained.graphed(batch, shapes)
-            losses.append(loss.detach().clone())
+            losses.append(loss.clone())
             gradients[name] = [
                 p.grad.clone() for p in trained.optimizer.parameters.values() if p.grad is not None
             ]

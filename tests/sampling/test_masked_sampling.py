@@ -1,6 +1,7 @@
 """Sampling of MAR and Hi-MAR: schedules, what depends on what, and numbers that are not finite."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,19 @@ def test_an_image_is_the_same_in_any_batch(pivots: str, head_sampler: str) -> No
     for place, image in enumerate([3, 0, 8]):
         torch.testing.assert_close(together[place], draw(built, [image], settings)[0], rtol=1e-4, atol=1e-4)
     assert (together[0] - together[2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("head_sampler", ["ddpm", "dpm++"])
+def test_ancestral_sampling_begins_in_float32(head_sampler: str) -> None:
+    """Its first step multiplies the head's error by hundreds, so bfloat16 would be lost there."""
+    built, seen = model(), []
+    for head in (built.pivot_head, built.dense_head):
+        assert head is not None
+        head.input.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        draw(built, [0, 1], replace(SETTINGS, head_sampler=head_sampler))  # type: ignore[arg-type]
+    first = torch.float32 if head_sampler == "ddpm" else torch.bfloat16
+    assert seen == [first, torch.bfloat16, torch.bfloat16, torch.bfloat16] * (3 + 4)
 
 
 @pytest.mark.parametrize("scale_vector", ["none", "table", "sinusoidal"])
