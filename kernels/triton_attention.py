@@ -246,7 +246,12 @@ def forward(
     return out, lse
 
 
-def _two_passes(
+def _folds(dtype: torch.dtype) -> bool:
+    """Whether the factor of scores may be folded into their gradients: half precision has not the range."""
+    return dtype != torch.float16
+
+
+def _over_queries(
     call: _Call,
     dout: Tensor,
     out: Tensor,
@@ -255,7 +260,7 @@ def _two_passes(
     statistics: Tensor,
     s: Setting,
 ) -> Tensor:
-    """The pass over queries: write dq and the statistics; return the parts of head_scale's gradient, [B, H, T]."""
+    """Write dq and the statistics; return the parts of head_scale's gradient, [B, H, T]."""
     plan, bulk = call.schedule(s), call.bulk(s, dout)
     head_scale = call.head_scale
     norms = (
@@ -271,11 +276,6 @@ def _two_passes(
         **call.constants(s, bulk),
     )  # fmt: skip
     return d_scale
-
-
-def _folds(dtype: torch.dtype) -> bool:
-    """Whether the factor of scores may be folded into their gradients: half precision has not the range."""
-    return dtype != torch.float16
 
 
 def _statistics(call: _Call, dout: Tensor, out: Tensor, lse: Tensor, statistics: Tensor) -> None:
@@ -297,6 +297,37 @@ def _slots(device: torch.device, tiles: int, warps: int, samples: int) -> int:
     return min(samples, -(-processors * max(16 // warps, 1) // tiles) + 1)
 
 
+def _over_keys(
+    call: _Call,
+    dout: Tensor,
+    lse: Tensor,
+    gradients: Sequence[Tensor],
+    statistics: Tensor,
+    s: Setting,
+    fused: bool,
+) -> Tensor:
+    """Write dk and dv; where fused, dq too, and return the parts of head_scale's gradient, [B, H]."""
+    _, queries, _, size = call.q.shape
+    plan, bulk, device = call.schedule(s, True, fused), call.bulk(s, dout), call.q.device
+    sums, state, slots, d_scale = lse, plan.tiles, 1, lse
+    if fused:
+        slots = _slots(device, plan.size, s.warps, call.samples)
+        sums = torch.zeros(slots, queries, size, device=device, dtype=torch.float32)
+        state = torch.zeros(1 + 2 * slots, device=device, dtype=torch.int32)
+        d_scale = call.numbers(*lse.shape[:2])
+    blocks = [(call.q, s.block), (call.k, s.rows), (call.v, s.rows), (dout, s.block)]
+    sources, strides = _sources(blocks, bulk)
+    rows = [
+        _numbers(x, s.block, call.bulk_rows(s, bulk)) for x in (statistics[0], statistics[1], statistics[-1])
+    ]
+    keys_kernel[(plan.size * call.samples,)](
+        *sources, *gradients, *rows, lse if call.head_scale is None else call.head_scale, d_scale, sums, state,
+        slots, *strides, *map(_strides, gradients), *call.sizes(plan), J=s.rows, FOLD=_folds(call.q.dtype),
+        FUSED=fused, **call.constants(s, bulk),
+    )  # fmt: skip
+    return d_scale
+
+
 def backward(
     dout: Tensor,
     parts: Sequence[Tensor],
@@ -311,30 +342,14 @@ def backward(
 ) -> Tensor:
     """Write the gradients of q, k and v into `gradients`; return that of head_scale, [H], or an empty tensor."""
     call, dout = _call(parts, lengths, causal, softmax_scale, head_scale), _contiguous_heads(dout)
-    _, queries, _, size = call.q.shape
-    _, s, first = settings or settings_for(lengths, causal, size, call.q.dtype)
-    fused, device = first is None, call.q.device
+    chosen = settings or settings_for(lengths, causal, call.q.shape[3], call.q.dtype)
     statistics = call.numbers(2 if head_scale is None else 3, lse.numel())
-    plan, bulk = call.schedule(s, True, fused), call.bulk(s, dout)
-    sums, state, slots = lse, plan.tiles, 1
-    if first is not None:
-        d_scale = _two_passes(call, dout, out, lse, gradients, statistics, first)
-    else:
+    if chosen.queries is None:
         _statistics(call, dout, out, lse, statistics)
-        d_scale = lse if head_scale is None else call.numbers(*lse.shape[:2])
-        slots = _slots(device, plan.size, s.warps, call.samples)
-        sums = torch.zeros(slots, queries, size, device=device, dtype=torch.float32)
-        state = torch.zeros(1 + 2 * slots, device=device, dtype=torch.int32)
-    blocks = [(call.q, s.block), (call.k, s.rows), (call.v, s.rows), (dout, s.block)]
-    sources, strides = _sources(blocks, bulk)
-    rows = [
-        _numbers(x, s.block, call.bulk_rows(s, bulk)) for x in (statistics[0], statistics[1], statistics[-1])
-    ]
-    keys_kernel[(plan.size * call.samples,)](
-        *sources, *gradients, *rows, lse if call.head_scale is None else call.head_scale, d_scale, sums, state,
-        slots, *strides, *map(_strides, gradients), *call.sizes(plan), J=s.rows, FOLD=_folds(call.q.dtype),
-        FUSED=fused, **call.constants(s, bulk),
-    )  # fmt: skip
+        d_scale = _over_keys(call, dout, lse, gradients, statistics, chosen.keys, fused=True)
+    else:
+        d_scale = _over_queries(call, dout, out, lse, gradients, statistics, chosen.queries)
+        _over_keys(call, dout, lse, gradients, statistics, chosen.keys, fused=False)
     return lse.new_empty(0) if head_scale is None else d_scale.sum(dim=(0, *range(2, d_scale.ndim)))
 
 

@@ -22,6 +22,7 @@ from hmar_kernels.triton_forward import (
     EPSILON,
     LN2,
     LOG2E,
+    SIZES,
     head_of,
     inverse_norm,
     load_row,
@@ -68,7 +69,7 @@ def write_statistics(
     tl.store(at + size, product, mask=rows < last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
     q, out, dout, lse, statistics, head_scale, q_strides, dout_strides, size, heads, queries, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
@@ -132,7 +133,7 @@ def gather_queries(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def queries_kernel(
     q, k, v, out, dout, dq, lse, statistics, size, norms, head_scale, d_scale, q_strides, k_strides, v_strides,
     dout_strides, dq_strides, tiles, bounds, count, heads, queries, keys, scale,
@@ -286,7 +287,7 @@ def finish_queries(
         tl.store(d_scale, tl.sum(part_of_scale, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def keys_kernel(
     q, k, v, dout, dq, dk, dv, totals, products, inverses, head_scale, d_scale, sums, state, slots, q_strides,
     k_strides, v_strides, dout_strides, dq_strides, dk_strides, dv_strides, tiles, bounds, count, heads,

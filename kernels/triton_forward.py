@@ -18,6 +18,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 EPSILON = tl.constexpr(1e-12)
+SIZES = ["size", "slots", "count", "heads", "queries", "keys"]
+"""Arguments whose values never make a kernel of their own."""
 LOWEST = tl.constexpr(-1e30)
 """Stands for the maximum of no score at all; minus infinity would give infinity minus infinity."""
 
@@ -96,7 +98,7 @@ def inverse_norm(x):
     return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), EPSILON)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norms_kernel(k, norms, strides, heads, keys, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Write 1 / |key| of BLOCK keys of one head to `norms` [B, H, L]."""
     sample = tl.program_id(1)
@@ -177,7 +179,7 @@ def _attend_to_all(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse, norms, head_scale, q_strides, k_strides, v_strides, tiles, bounds, count, heads,
     queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
