@@ -4,6 +4,7 @@ Letters: B batch, L keys, N queries, H heads, D head size.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Result = TypeVar("Result", bound=Callable[..., Any])
+
+numbers = itertools.count()
 
 TABLES = 32
 """Tables of each kind that are kept; a training run needs one, a benchmark a dozen."""
@@ -30,11 +33,20 @@ def normalize(q: Tensor, k: Tensor, head_scale: Tensor | None) -> tuple[Tensor, 
     return unit.to(q.dtype), F.normalize(k.to(wide), dim=-1).to(k.dtype)
 
 
+def constant(function: Result) -> Result:
+    """Decorate a function of constants that compiled graphs call while they are traced, keeping its result."""
+    return torch.compiler.assume_constant_result(function)  # type: ignore[no-any-return]
+
+
+class Tables:
+    """Holds the tables that compiled graphs read, as attributes."""
+
+
 def table(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Decorate a function of hashable arguments that makes a constant tensor: it is made once.
 
-    In a compiled graph the tensor is a constant, too. It is made outside of inference mode, so that a table
-    which sampling made can be used in training.
+    A compiled graph gets the same tensor as an input. It is made outside of inference mode, so that a table which
+    sampling made can be used in training.
     """
 
     @functools.lru_cache(maxsize=TABLES)
@@ -42,16 +54,24 @@ def table(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         with torch.inference_mode(False), torch.no_grad():
             return make(*args)
 
+    @functools.cache
+    def held(*args: object) -> str:
+        name = f"{make.__name__}_{next(numbers)}"
+        setattr(Tables, name, made(*args))
+        return name
+
+    @constant
+    def attribute(*args: object) -> str:
+        return held(*args)
+
     @functools.wraps(make)
     def look_up(*args: object) -> Tensor:
+        if torch.compiler.is_compiling():
+            found: Tensor = getattr(Tables, attribute(*args))
+            return found
         return made(*args)
 
-    return constant(look_up)
-
-
-def constant(function: Result) -> Result:
-    """Decorate a function of constants that compiled graphs call while they are traced, keeping its result."""
-    return torch.compiler.assume_constant_result(function)  # type: ignore[no-any-return]
+    return look_up
 
 
 def scale_index(lengths: tuple[int, ...], device: torch.device) -> Tensor:

@@ -5,12 +5,13 @@ Letters: B batch, L keys, N queries, H heads, D head size.
 
 import functools
 import importlib.util
+import operator
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
-from hmar_kernels.common import TABLES, constant, normalize, scale_index
+from hmar_kernels.common import TABLES, normalize, scale_index, table
 from torch import Tensor
 from torch.nn.attention import flex_attention as library
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -21,23 +22,58 @@ STATISTICS: dict[str, Any] = (
 """How the log-sum-exp is asked for, in PyTorch from 2.9 on and before."""
 
 
+BLOCK = 128
+"""Rows and columns of a block."""
+
+PARTS = [
+    f"{whole}{side}_{what}"
+    for whole in ("", "full_")
+    for side in ("kv", "q")
+    for what in ("num_blocks", "indices")
+]
+"""The tensors of a block mask."""
+
+
+@table
+def _scales(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return scale_index(lengths, device).int()  # [L]
+
+
+def _rule(
+    lengths: tuple[int, ...], causal: bool, queries: int, device: torch.device
+) -> Callable[..., Tensor]:
+    """The mask as a function of places; the queries are the last N tokens."""
+    scale, missing = _scales(lengths, device), sum(lengths) - queries
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own, other = scale[query + missing], scale[key]
+        return own >= other if causal else own == other
+
+    return sees
+
+
 @functools.lru_cache(maxsize=TABLES)
 def _made_mask(lengths: tuple[int, ...], causal: bool, queries: int, device: torch.device) -> BlockMask:
     with torch.inference_mode(False), torch.no_grad():
-        scale = scale_index(lengths, device).int()  # [L]
-        missing = len(scale) - queries
-
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            own, other = scale[query + missing], scale[key]
-            return own >= other if causal else own == other
-
-        return create_block_mask(sees, None, None, queries, len(scale), device=device)
+        rule = _rule(lengths, causal, queries, device)
+        return create_block_mask(
+            rule, None, None, queries, sum(lengths), device=str(device), BLOCK_SIZE=(BLOCK, BLOCK)
+        )
 
 
-@constant
+@table
+def _part(name: str, lengths: tuple[int, ...], causal: bool, queries: int, device: torch.device) -> Tensor:
+    found: Tensor = getattr(_made_mask(lengths, causal, queries, device), name)
+    return found
+
+
 def block_mask(lengths: tuple[int, ...], causal: bool, queries: int, device: torch.device) -> BlockMask:
-    """Which blocks of 128 x 128 scores are seen, in part or whole; the queries are the last N tokens."""
-    return _made_mask(lengths, causal, queries, device)
+    """Which blocks of scores are seen, in part or whole; in a compiled graph, put together from constants."""
+    if not torch.compiler.is_compiling():
+        return _made_mask(lengths, causal, queries, device)
+    parts: dict[str, Any] = {name: _part(name, lengths, causal, queries, device) for name in PARTS}
+    rule = _rule(lengths, causal, queries, device)
+    return BlockMask(seq_lengths=(queries, sum(lengths)), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule, **parts)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Any:
@@ -64,7 +100,7 @@ def attention(
     head_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `hmar_kernels.reference.attention`."""
-    mask = block_mask(lengths, causal, q.shape[1], q.device)
+    mask = block_mask(lengths, causal, operator.index(q.shape[1]), q.device)
     q, k = normalize(q, k, head_scale)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
     if torch.compiler.is_compiling():

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import itertools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def attention(
     scale = {"scale": softmax_scale} if TAKES_SCALE else {}
     if not TAKES_SCALE:
         q = q * (softmax_scale * math.sqrt(head_size))
-    starts = boundaries(lengths, int(batch), q.device)
+    starts = boundaries(lengths, operator.index(batch), q.device)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B N, H, D]
     out, lse = library.varlen_attn(
         *(q, k, v, starts, starts, max(lengths), max(lengths)),

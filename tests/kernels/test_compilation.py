@@ -27,12 +27,26 @@ def name(request: pytest.FixtureRequest) -> str:
     return implementation
 
 
-def make_block(implementation: str, pattern: str) -> Block:
+class Blocks(torch.nn.Module):
+    """Two transformer blocks, since graphs with several calls differ from those with one."""
+
+    def __init__(self, implementation: str, pattern: str) -> None:
+        super().__init__()
+        settings = (64, 2, 2.0, 0.0, False, pattern, implementation)
+        self.blocks = torch.nn.ModuleList(Block(*settings) for _ in range(2))  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, condition: Tensor, grids: tuple) -> Tensor:
+        for block in self.blocks:
+            x = block(x, condition, grids)
+        return x
+
+
+def make_blocks(implementation: str, pattern: str) -> Blocks:
     torch.manual_seed(0)
-    block = Block(64, 2, 2.0, 0.0, False, pattern, implementation)  # type: ignore[arg-type]
-    for parameter in block.parameters():
+    blocks = Blocks(implementation, pattern)
+    for parameter in blocks.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return block
+    return blocks
 
 
 def step(block: torch.nn.Module, batch: int, grids: tuple, saving: bool = False) -> list[Tensor]:
@@ -48,20 +62,25 @@ def step(block: torch.nn.Module, batch: int, grids: tuple, saving: bool = False)
     return [out.detach(), x.grad, *(p.grad for p in block.parameters())]
 
 
-def assert_as_right(compiled: torch.nn.Module, block: Block, pattern: str, batch: int, grids: tuple) -> None:
-    """A compiled block is at most twice as far from the result in float64 as the block itself, or rounded once."""
-    exact = step(make_block("reference", pattern).double(), batch, grids)
-    for found, plain, wanted in zip(
-        step(compiled, batch, grids), step(block, batch, grids), exact, strict=True
-    ):
-        allowed = 2 * (plain - wanted).norm() + torch.finfo(torch.float32).eps * wanted.norm()
-        assert (found - wanted).norm() <= allowed
+def assert_as_right(
+    compiled: torch.nn.Module, blocks: Blocks, pattern: str, batch: int, grids: tuple
+) -> None:
+    """Compiled blocks are at most twice as far from the result in float64 as the blocks themselves.
+
+    What counts is the largest error of all tensors, each relative to its own size.
+    """
+    exact = step(make_blocks("reference", pattern).double(), batch, grids)
+    found, plain = (
+        max(float((x - wanted).norm() / wanted.norm()) for x, wanted in zip(tensors, exact, strict=True))
+        for tensors in (step(compiled, batch, grids), step(blocks, batch, grids))
+    )
+    assert found <= 2 * plain
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_block_compiles_as_one_graph(name: str, pattern: str) -> None:
+def test_blocks_compile_as_one_graph(name: str, pattern: str) -> None:
     """Also for another batch and for other scales, which sampling changes from call to call."""
-    block = make_block(name, pattern)
+    block = make_blocks(name, pattern)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     for batch, grids in ((2, GRIDS), (3, GRIDS), (3, GRIDS[:2]), (3, GRIDS[1:])):
         assert_as_right(compiled, block, pattern, batch, grids)
@@ -71,15 +90,15 @@ def test_a_block_compiles_as_one_graph(name: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["triton", "sdpa"], indirect=True)
-def test_a_block_compiles_to_machine_code(name: str) -> None:
-    block = make_block(name, "diagonal")
+def test_blocks_compile_to_machine_code(name: str) -> None:
+    block = make_blocks(name, "diagonal")
     compiled = torch.compile(block, fullgraph=True)
     assert_as_right(compiled, block, "diagonal", 2, GRIDS)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_activation_checkpointing_changes_nothing(name: str, pattern: str) -> None:
-    block = make_block(name, pattern)
+    block = make_blocks(name, pattern)
     for found, wanted in zip(step(block, 2, GRIDS, saving=True), step(block, 2, GRIDS), strict=True):
         assert torch.equal(found, wanted)
 
