@@ -1,5 +1,6 @@
 """Whole benchmarks: measure, keep the results in a folder as they come, draw."""
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -233,9 +234,9 @@ def run_tuning(cases: Sequence[Case], device: torch.device, out: Path) -> Outcom
     if device.type != "cuda":
         raise UserError("--tune needs a GPU, and none is visible to PyTorch", "leave it out")
     try:
-        from hmar_kernels.triton_attention import tune
-    except ImportError as error:
-        raise UserError(f"--tune: Triton's kernels cannot be imported: {error}", "install triton") from error
+        tune = importlib.import_module("hmar_kernels.triton_attention").tune
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--tune: Triton's kernels cannot be tuned: {error}", "install triton") from error
     outcome = Outcome(_document(device, rows=[]), files=[out / "tune.json"])
     rows = outcome.document["rows"]
     with _until_interrupted(outcome), progress("tuning", len(cases), "shapes") as bar:
