@@ -1,4 +1,4 @@
-"""Makes `budget`, the bounds on errors of attention, importable from the tests of this folder."""
+"""Makes `judging`, what attention is compared by, importable from the tests of this folder."""
 
 import sys
 from pathlib import Path

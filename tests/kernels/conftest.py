@@ -1,4 +1,4 @@
-"""Makes `budget` importable from the tests of this folder; without a GPU Triton's kernels run in its interpreter."""
+"""Makes `judging` importable from the tests of this folder; without a GPU Triton's kernels run in its interpreter."""
 
 import os
 import sys

@@ -7,17 +7,14 @@ import sys
 
 import pytest
 import torch
-from budget import budget
 from hmar_kernels import IMPLEMENTATIONS, choose, measure, scale_attention, unavailable
-from torch import Tensor
+from judging import bounds_of, inputs, judge, lengths_of, results, strided
 
 CPU = torch.device("cpu")
 ON_CPU = ("reference", "triton", "sdpa", "masked")
 """Implementations that run on a CPU, Triton's in its interpreter."""
-WITH_LSE = ("reference", "triton", "flex", "varlen")
 SIDES = [(1,), (5,), (1, 1, 1), (1, 2, 3, 4), ((2, 3), (3, 5)), (1, (1, 7), 8)]
 PATTERNS = ["causal", "diagonal"]
-Results = dict[str, Tensor]
 
 
 @pytest.fixture(params=ON_CPU)
@@ -27,66 +24,6 @@ def name(request: pytest.FixtureRequest) -> str:
     if reason:  # on a GPU machine Triton compiles, and tests/gpu has its tests
         pytest.skip(f"{implementation}: {reason}")
     return implementation
-
-
-def lengths_of(sides: tuple) -> tuple[int, ...]:
-    return tuple(side**2 if isinstance(side, int) else side[0] * side[1] for side in sides)
-
-
-def inputs(
-    sides: tuple, batch: int = 2, heads: int = 2, size: int = 32, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A packed projection, the output's gradient and a head scale."""
-    total = sum(lengths_of(sides))
-    generator = torch.Generator().manual_seed(total)
-    qkv = torch.randn((batch, total, 3, heads, size), generator=generator).to(dtype)
-    grad = torch.randn((batch, total, heads, size), generator=generator).to(dtype)
-    return qkv, grad, 1 + 9 * torch.rand(heads, generator=generator)
-
-
-def results(
-    name: str,
-    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
-    grad: Tensor,
-    head_scale: Tensor | None,
-    sides: tuple,
-    pattern: str,
-    softmax_scale: float,
-) -> Results:
-    """Output, log-sum-exp where there is one, and gradients."""
-    leaves = [x.detach().requires_grad_() for x in (qkv if isinstance(qkv, tuple) else (qkv,))]
-    scale = None if head_scale is None else head_scale.detach().requires_grad_()
-    given = tuple(leaves) if isinstance(qkv, tuple) else leaves[0]
-    settings = {"softmax_scale": softmax_scale, "head_scale": scale, "implementation": name}
-    if name in WITH_LSE:
-        out, lse = scale_attention(given, sides, pattern, return_lse=True, **settings)
-        assert not lse.requires_grad
-        found = {"out": out.detach(), "lse": lse}
-    else:
-        out = scale_attention(given, sides, pattern, **settings)
-        found = {"out": out.detach()}
-    assert out.is_contiguous() and out.dtype == grad.dtype
-    out.backward(grad)
-    grads = leaves[0].grad.unbind(2) if isinstance(qkv, Tensor) else [x.grad for x in leaves]
-    found |= dict(zip(("dq", "dk", "dv"), grads, strict=True))
-    return found | ({} if scale is None else {"dscale": scale.grad})
-
-
-def judge(
-    name: str,
-    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
-    grad: Tensor,
-    head_scale: Tensor | None,
-    sides: tuple,
-    pattern: str,
-    softmax_scale: float = 0.3,
-) -> None:
-    found = results(name, qkv, grad, head_scale, sides, pattern, softmax_scale)
-    parts = qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
-    bounds = budget(*parts, grad, head_scale, lengths_of(sides), pattern == "causal", softmax_scale)
-    assert set(found) == set(bounds) - (set() if name in WITH_LSE else {"lse"})
-    for key, value in found.items():
-        bounds[key].check(value, f"{name} {key}")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -110,13 +47,8 @@ def test_parts_of_any_strides(name: str, pattern: str, normalized: bool) -> None
     """Tensors that lie in memory by head, with gaps between tokens, and repeated over images."""
     sides = (1, 2, (2, 3))
     qkv, grad, scale = inputs(sides)
-    q, k, v = qkv.unbind(2)
-    by_head = q.transpose(1, 2).contiguous().transpose(1, 2)
-    gaps = torch.full((2, 2 * k.shape[1], 2, 40), float("nan"))[:, ::2, :, 3:35]
-    gaps.copy_(k)
-    shared = v[:1].expand(2, -1, -1, -1)
-    strided_grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
-    judge(name, (by_head, gaps, shared), strided_grad, scale if normalized else None, sides, pattern)
+    parts, strided_grad = strided(qkv, grad, offset=3)
+    judge(name, parts, strided_grad, scale if normalized else None, sides, pattern)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -213,7 +145,7 @@ def test_the_budget_is_too_small_for_mistakes(wrong: str, dtype: torch.dtype) ->
     found = results(
         "reference", mistaken, grad, mistaken_scale, tuple((1, n) for n in taken), "diagonal", 0.3
     )
-    bounds = budget(*qkv.unbind(2), grad, scale, lengths, False, 0.3)
+    bounds = bounds_of(qkv, grad, scale, sides, "diagonal", 0.3)
     assert {"out", "dq", "dk"} <= {key for key, value in found.items() if bounds[key].share(value) > 1}
 
 
