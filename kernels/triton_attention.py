@@ -270,7 +270,7 @@ def _over_queries(
     blocks = [(call.q, s.rows), (call.k, s.block), (call.v, s.block), (dout, s.rows)]
     (q, k, v, d), (q_strides, k_strides, v_strides, d_strides) = _sources(blocks, bulk)
     queries_kernel[(plan.size * call.samples,)](
-        q, k, v, out, d, gradients[0], lse, statistics, lse.numel(), norms,
+        q, k, v, out, d, gradients[0], lse, statistics, statistics.shape[1], norms,
         lse if head_scale is None else head_scale, d_scale, q_strides, k_strides, v_strides, d_strides,
         _strides(gradients[0]), *call.sizes(plan), M=s.rows, INLINE=s.inline, FOLD=_folds(call.q.dtype),
         **call.constants(s, bulk),
@@ -283,7 +283,7 @@ def _statistics(call: _Call, dout: Tensor, out: Tensor, lse: Tensor, statistics:
     _, queries, heads, size = call.q.shape
     statistics_kernel[(triton.cdiv(queries, NORM_ROWS), call.samples)](
         call.q, out, dout, lse, statistics, lse if call.head_scale is None else call.head_scale,
-        _strides(call.q), _strides(dout), lse.numel(), heads, queries, call.softmax_scale, D=size,
+        _strides(call.q), _strides(dout), statistics.shape[1], heads, queries, call.softmax_scale, D=size,
         WIDTH=triton.next_power_of_2(size), BLOCK=NORM_ROWS, NORMALIZE=call.head_scale is not None,
         FOLD=_folds(call.q.dtype),
     )  # fmt: skip
@@ -343,7 +343,7 @@ def backward(
     """Write the gradients of q, k and v into `gradients`; return that of head_scale, [H], or an empty tensor."""
     call, dout = _call(parts, lengths, causal, softmax_scale, head_scale), _contiguous_heads(dout)
     chosen = settings or settings_for(lengths, causal, call.q.shape[3], call.q.dtype)
-    statistics = call.numbers(2 if head_scale is None else 3, lse.numel())
+    statistics = call.numbers(2 if head_scale is None else 3, -(-lse.numel() // 4) * 4)  # aligned to 16 bytes
     if chosen.queries is None:
         _statistics(call, dout, out, lse, statistics)
         d_scale = _over_keys(call, dout, lse, gradients, statistics, chosen.keys, fused=True)

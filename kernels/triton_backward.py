@@ -41,6 +41,12 @@ def nonzero(head_scale):
 
 
 @triton.jit
+def zero_or_one(head_scale):
+    """What undoes `nonzero` where the head scale is a factor."""
+    return tl.where(head_scale == 0.0, 0.0, 1.0)
+
+
+@triton.jit
 def through_norm(x, inverse, gradient):
     """The gradient of x [rows, D] from that of x / max(|x|, epsilon), and their product [rows]."""
     unit = x.to(tl.float32) * inverse[:, None]
@@ -56,7 +62,8 @@ def write_statistics(
 ):  # fmt: skip
     """Write what `gather_keys` needs of queries: log-sum-exp, output times its gradient, factor of the scores.
 
-    Each is an array of `size` numbers, [B, H, N], in which this head begins at `start`. Logarithms are of base 2.
+    Each is an array [B, H, N] of `size` numbers or less, in which this head begins at `start`. Logarithms are of
+    base 2.
     """
     rows = first + tl.arange(0, BLOCK)
     at = statistics + start + rows
@@ -275,7 +282,8 @@ def finish_queries(
             if FOLD:  # the sums are of the gradient of q̂ times log2(e) / |q|
                 gradient *= LN2 / inverse[:, None]
                 gradient, along = through_norm(q_block, inverse, gradient)
-                along = along / head_scale
+                along = along / nonzero(head_scale)
+                gradient *= zero_or_one(head_scale)
             else:
                 gradient, along = through_norm(q_block, inverse, gradient * scale)
                 gradient *= head_scale
@@ -319,7 +327,7 @@ def keys_kernel(
     start = tl.cast(sample, tl.int64) * queries
     factor, temperature, k_hat = scale * LOG2E, 1.0, k_tile
     if NORMALIZE:
-        temperature = nonzero(tl.load(head_scale + h))
+        temperature = tl.load(head_scale + h)
         factor = factor * temperature
         inverse = inverse_norm(k_tile)
         k_hat = (k_tile.to(tl.float32) * inverse[:, None]).to(k_tile.dtype)
@@ -353,7 +361,7 @@ def keys_kernel(
     d_rows, d_stride, _ = head_of(dv, dv_strides, b, h, D, False)
     store_rows(d_rows, d_stride, first, last, d_value, J, D, WIDTH)
     if NORMALIZE:
-        d_key *= LN2 if FOLD else factor * LN2
+        d_key *= LN2 * zero_or_one(temperature) if FOLD else factor * LN2
         k_tile = load_rows(k_rows, k_stride, column, first, last, J, D, WIDTH, True, BULK)
         d_key, _ = through_norm(k_tile, inverse, d_key)
     else:
