@@ -25,15 +25,22 @@ Letters: B images, H W their size, K scales, L tokens of all scales, n tokens of
 channels, M coverage.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
+from hmar_cli.sampling.images import autocast, decode_latents, name_broken_numbers
+from hmar_cli.sampling.masked import KnownTokens, sample_masked
+from hmar_cli.sampling.next_scale import KeptTokens, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import MaskedArSample, NextScaleSample
-from hmar_cli.tokenizers.kl import KlAutoencoder
+from hmar_cli.tokenizers.kl import KlAutoencoder, posterior
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 
@@ -80,7 +87,12 @@ def model_size(
     model: NextScaleTransformer | MaskedTransformer, tokenizer: MultiScaleVQ | KlAutoencoder
 ) -> tuple[int, int]:
     """Height and width of the images that a model draws."""
-    raise NotImplementedError
+    rows, columns = _finest_grid(model)
+    return rows * tokenizer.stride, columns * tokenizer.stride
+
+
+def _finest_grid(model: NextScaleTransformer | MaskedTransformer) -> tuple[int, int]:
+    return model.scales.grid if isinstance(model, NextScaleTransformer) else model.grid
 
 
 def region_views(
@@ -88,17 +100,51 @@ def region_views(
 ) -> list[RegionView]:
     """Show a region as the model will see it, from the coarsest token grid to the finest.
 
+    Coverage on the last grid is the mean over a token's pixels; on a coarser scale it is the mean of that over the
+    last grid's tokens, as the tokenizer makes its features smaller.
+
     Args:
         model: VAR, HMAR: a view for each scale. Hi-MAR: pivots, then tokens. MAR: tokens.
-        region: [H, W] float in [0, 1], 1 where all is drawn anew.
+        region: [H, W] float in [0, 1], 1 where all is drawn anew; of the model's size, or any that is no smaller than
+            the token grid.
         edit: which scales are kept.
 
     Raises:
-        ValueError: a region of another shape or range, or more scales to keep than the model has.
+        ValueError: a region of another shape or range, or more scales to keep than the model can.
     """
-    raise NotImplementedError
+    rows, columns = _finest_grid(model)
+    if region.ndim != 2 or region.shape[0] < rows or region.shape[1] < columns:
+        raise ValueError(f"expected a region of at least {rows} x {columns}, got {list(region.shape)}")
+    if not (region.min() >= 0 and region.max() <= 1):  # NaN is neither
+        raise ValueError("expected a region of numbers from 0 to 1, got others")
+    finest = _shrink(region.float()[None, None], (rows, columns))
+    if isinstance(model, MaskedTransformer):
+        if edit.keep_scales:
+            raise ValueError(f"expected no scales to keep for a model without, got {edit.keep_scales}")
+        pivots = [] if model.pivot_grid is None else [_view("pivots", _shrink(finest, model.pivot_grid))]
+        return [*pivots, _view("tokens", finest)]
+    scales = model.scales
+    if edit.keep_scales >= len(scales):
+        raise ValueError(f"expected at most {len(scales) - 1} scales to keep, got {edit.keep_scales}")
+    weak = min(math.floor((1 - edit.strength) * len(scales) + 0.5), len(scales) - 1)
+    first = max(edit.keep_scales, weak)
+    return [
+        _view(f"scale {k + 1} of {len(scales)}", _shrink(finest, grid), kept=k < first)
+        for k, grid in enumerate(scales.grids)
+    ]
 
 
+def _shrink(coverage: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average coverage [1, 1, H, W] over the tokens of a grid: [1, 1, h, w]."""
+    return F.interpolate(coverage, size=grid, mode="area")
+
+
+def _view(name: str, coverage: Tensor, kept: bool = False) -> RegionView:
+    plain = coverage[0, 0]  # [h, w]
+    return RegionView(name, plain, (plain > 0) & (not kept))
+
+
+@torch.inference_mode()
 def edit_images(
     model: NextScaleTransformer | MaskedTransformer,
     tokenizer: MultiScaleVQ | KlAutoencoder,
@@ -139,4 +185,72 @@ def edit_images(
             are none.
         UserError: the model gave numbers that are not finite, or an unknown precision.
     """
-    raise NotImplementedError
+    if len(images) not in (1, len(condition)):
+        raise ValueError(f"expected 1 image or {len(condition)} as there are conditions, got {len(images)}")
+    if len(noise.images) != len(condition):
+        raise ValueError(f"expected noise of {len(condition)} images, got {len(noise.images)}")
+    size = model_size(model, tokenizer)
+    if tuple(images.shape[1:]) != (3, *size) or tuple(region.shape) != size:
+        got = f"images {list(images.shape)} and a region {list(region.shape)}"
+        raise ValueError(f"expected images [B, 3, {size[0]}, {size[1]}] and a region of that size, got {got}")
+    views = region_views(model, region.to(images.device), edit)
+    with name_broken_numbers(noise.images.tolist()):
+        if isinstance(model, NextScaleTransformer):
+            if not isinstance(tokenizer, MultiScaleVQ) or not isinstance(settings, NextScaleSample):
+                raise ValueError("expected the tokenizer and the settings of a next-scale model")
+            return _edit_token_maps(model, tokenizer, images, views, condition, settings, noise, precision)
+        if not isinstance(tokenizer, KlAutoencoder) or not isinstance(settings, MaskedArSample):
+            raise ValueError("expected the tokenizer and the settings of a masked autoregressive model")
+        known = _known_tokens(tokenizer, images, views, edit, len(condition))
+        with autocast(images.device, precision):
+            sampled = sample_masked(model, condition, settings, noise, known=known)
+            return decode_latents(tokenizer, sampled.latents)
+
+
+def _edit_token_maps(
+    model: NextScaleTransformer,
+    tokenizer: MultiScaleVQ,
+    images: Tensor,
+    views: list[RegionView],
+    condition: Tensor,
+    settings: NextScaleSample,
+    noise: PhiloxNoise,
+    precision: str,
+) -> Tensor:
+    """`edit_images` of VAR and HMAR."""
+    batch, quantizer = len(condition), tokenizer.quantizer
+    drawn = tuple(view.drawn.flatten() for view in views)  # [n_k] each
+    kept = KeptTokens(
+        tokens=torch.cat([tokenizer.encode(part) for part in _parts(images)]).expand(batch, -1),
+        drawn=drawn,
+        counts=tuple(int(each.sum()) for each in drawn),
+        weight=views[-1].coverage,
+    )
+    with autocast(images.device, precision):
+        tokens, f_hat = sample_next_scale(model, quantizer, condition, settings, noise, kept=kept)
+        if images.is_cuda:
+            return tokenizer.decode(f_hat)
+        alone = [replace(kept, tokens=kept.tokens[i : i + 1]) for i in range(batch)]
+        parts = [each.f_hat(part, quantizer) for each, part in zip(alone, tokens.split(1), strict=True)]
+        return torch.cat([tokenizer.decode(part) for part in parts])
+
+
+def _known_tokens(
+    tokenizer: KlAutoencoder, images: Tensor, views: list[RegionView], edit: EditSettings, batch: int
+) -> tuple[KnownTokens | None, KnownTokens]:
+    """What MAR, or Hi-MAR in its two phases, knows of the pictures."""
+
+    def known(view: RegionView) -> KnownTokens:
+        side = [tokenizer.stride * n for n in view.drawn.shape]
+        small = images if list(images.shape[2:]) == side else F.interpolate(images, size=side, mode="area")
+        means = [posterior(tokenizer.moments(part))[0] for part in _parts(small)]  # [1, C, h, w] each
+        latents = torch.cat(means).flatten(2).transpose(1, 2) * tokenizer.latent_scale  # [B, n, C]
+        count = math.ceil(edit.strength * int(view.drawn.sum()) - 1e-9)  # 0.1 of 30 are 3
+        return KnownTokens(latents.expand(batch, -1, -1), view.drawn.flatten(), count)
+
+    return known(views[0]) if len(views) > 1 else None, known(views[-1])
+
+
+def _parts(images: Tensor) -> Sequence[Tensor]:
+    """What is encoded at once: all on a GPU; each image alone on a CPU, whose rounding depends on the batch."""
+    return [images] if images.is_cuda else list(images.split(1))

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -162,22 +162,26 @@ def generate(
     """
     condition = job.conditions.encode(indices, device)
     noise = PhiloxNoise(job.seed, torch.tensor(indices, device=device))
+    with name_broken_numbers(indices), autocast(device, job.precision):
+        if isinstance(model, NextScaleTransformer):
+            assert isinstance(tokenizer, MultiScaleVQ) and isinstance(job.settings, NextScaleSample)
+            tokens, f_hat = next_scale.sample_next_scale(
+                model, tokenizer.quantizer, condition, job.settings, noise
+            )
+            if device.type == "cuda":
+                return tokenizer.decode(f_hat), None
+            return torch.cat([tokenizer.decode_tokens(part) for part in tokens.split(1)]), None
+        assert isinstance(tokenizer, KlAutoencoder) and isinstance(job.settings, MaskedArSample)
+        sampled = masked.sample_masked(model, condition, job.settings, noise)
+        images = decode_latents(tokenizer, sampled.latents)
+        return images, None if sampled.pivots is None else decode_latents(tokenizer, sampled.pivots)
+
+
+@contextlib.contextmanager
+def name_broken_numbers(indices: Sequence[int]) -> Iterator[None]:
+    """Turn numbers that are not finite, met while images are drawn, into an error of the user's."""
     try:
-        with autocast(device, job.precision):
-            if isinstance(model, NextScaleTransformer):
-                assert isinstance(tokenizer, MultiScaleVQ) and isinstance(job.settings, NextScaleSample)
-                tokens, f_hat = next_scale.sample_next_scale(
-                    model, tokenizer.quantizer, condition, job.settings, noise
-                )
-                if device.type == "cuda":
-                    return tokenizer.decode(f_hat), None
-                return torch.cat([tokenizer.decode_tokens(part) for part in tokens.split(1)]), None
-            assert isinstance(tokenizer, KlAutoencoder) and isinstance(job.settings, MaskedArSample)
-            sampled = masked.sample_masked(model, condition, job.settings, noise)
-            images = _decode(tokenizer, sampled.latents)
-            if not images.isfinite().all():
-                raise FloatingPointError("the tokenizer's pictures are not finite")
-            return images, None if sampled.pivots is None else _decode(tokenizer, sampled.pivots)
+        yield
     except FloatingPointError as error:
         raise UserError(
             f"images {indices[0]} to {indices[-1]}: {error}",
@@ -185,9 +189,17 @@ def generate(
         ) from error
 
 
-def _decode(tokenizer: KlAutoencoder, latents: Tensor) -> Tensor:
+def decode_latents(tokenizer: KlAutoencoder, latents: Tensor) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1] of scaled latents [B, C, h, w]; on a CPU each is decoded alone.
+
+    Raises:
+        FloatingPointError: images that are not finite.
+    """
     size = len(latents) if latents.is_cuda else 1
-    return torch.cat([tokenizer.decode_latents(part) for part in latents.split(size)])
+    images = torch.cat([tokenizer.decode_latents(part) for part in latents.split(size)])
+    if not images.isfinite().all():
+        raise FloatingPointError("the tokenizer's pictures are not finite")
+    return images
 
 
 def draw_images(

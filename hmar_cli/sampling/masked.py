@@ -68,6 +68,21 @@ class Sampled:
     pivots: Tensor | None
 
 
+@dataclass(frozen=True)
+class KnownTokens:
+    """Tokens of a phase that are known from the start, of a picture (see `editing.py`).
+
+    Attributes:
+        tokens: [B, n, C] float32, the picture's scaled latents.
+        region: [n] bool, the tokens that may be drawn anew, the same ones in every image.
+        count: how many of them are: those that come last in an image's order.
+    """
+
+    tokens: Tensor
+    region: Tensor
+    count: int
+
+
 @torch.inference_mode()
 def sample_masked(
     model: MaskedTransformer,
@@ -77,6 +92,7 @@ def sample_masked(
     *,
     trace: Trace | None = None,
     processes: tuple[Diffusion, Diffusion] | None = None,
+    known: tuple[KnownTokens | None, KnownTokens | None] = (None, None),
 ) -> Sampled:
     """Draw the tokens of a batch of images (MAR section 3.3; Hi-MAR sections 3.2 and 3.3).
 
@@ -87,6 +103,8 @@ def sample_masked(
         noise: source of the random numbers.
         trace: receives intermediate tensors.
         processes: diffusion processes of the pivots' and the dense head; by default what the settings say.
+        known: what is known of the pivots and of the dense tokens; by default nothing. A phase then takes at most as
+            many steps as it has tokens to draw.
 
     Returns:
         Latents, still scaled: the tokenizer divides them by its scale.
@@ -97,7 +115,7 @@ def sample_masked(
     """
     if settings.head_sampler != "ddpm" and settings.temperature != 1:
         raise ValueError(f'expected temperature 1 for "{settings.head_sampler}", which adds no noise')
-    run = _Run(model, condition, settings, noise, trace or (lambda name, tensor: None))
+    run = _Run(model, condition, settings, noise, trace or (lambda name, tensor: None), known)
     method = settings.head_sampler
     first, second = processes or (
         process_for(method, settings.pivot_head_steps),
@@ -126,14 +144,17 @@ class _Run:
         settings: MaskedArSample,
         noise: Noise,
         trace: Trace,
+        known: tuple[KnownTokens | None, KnownTokens | None],
     ) -> None:
         self.model, self.settings, self.noise, self.trace = model, settings, noise, trace
+        self.known = known  # by phase
         self.conditional = model.context(condition)  # [B, G, D]
 
     def pivot_phase(self, process: Diffusion) -> tuple[Tensor, Tensor]:
         """Draw the pivots: latents [B, S, C], and what phase 2 sees of them, [B, S, D].
 
-        A pivot's conditional token is the one of the step that drew it, of the conditional half.
+        A pivot's conditional token is the one of the step that drew it, of the conditional half. Pivots that were
+        known have none: as in training, the learned empty ones stand for them.
         """
         model, settings = self.model, self.settings
         assert model.pivot_head is not None
@@ -141,11 +162,14 @@ class _Run:
         batch, total = len(self.conditional), model.pivot_count
         conditional = self.conditional.new_zeros(batch, total, self.conditional.shape[-1])  # [B, S, D]
         phase = _Phase(self, 0, total, model.pivot_head, process)
+        hidden = None if self.known[0] is None else ~phase.masked  # [B, S]
         for step, w in phase.steps(settings.pivot_steps, settings.pivot_cfg, settings.pivot_cfg_schedule):
             z = model.pivot_phase(context, *phase.known(context))  # [B or 2B, S, D]
             conditional = scatter_tokens(conditional, phase.places, gather_tokens(z[:batch], phase.places))
             phase.draw(step, z, w)
-        return phase.tokens, model.guides(conditional if model.pivots == "conditional" else phase.tokens)
+        if model.pivots == "visual":
+            return phase.tokens, model.guides(phase.tokens)
+        return phase.tokens, model.guides(conditional, hidden)
 
     def dense_phase(self, guides: Tensor | None, process: Diffusion) -> Tensor:
         """Draw the dense tokens [B, N, C]; both halves of guidance see the same pivots."""
@@ -169,6 +193,7 @@ class _Phase:
     """The tokens of a phase while they are drawn.
 
     Attributes:
+        order: [B, n], in which tokens are drawn from place `unknown` - 1 down to 0; those behind are known.
         tokens: [B, n, C], zeros where nothing is drawn yet.
         masked: [B, n] bool, what is not known yet.
         visible: [B, V] places of the known tokens.
@@ -177,9 +202,14 @@ class _Phase:
 
     def __init__(self, run: _Run, number: int, total: int, head: DiffusionHead, process: Diffusion) -> None:
         self.run, self.number, self.head, self.process = run, number, head, process
-        self.order = run.noise.order(number, total)  # [B, n]: drawn from the end
+        self.order, self.unknown = run.noise.order(number, total), total  # [B, n]: drawn from the end
         self.tokens = torch.zeros(*self.order.shape, run.model.channels, device=self.order.device)
         self.masked = torch.ones_like(self.order, dtype=torch.bool)
+        if (known := run.known[number]) is not None:
+            known_last = (~known.region)[self.order].int().argsort(dim=1, stable=True)
+            self.order, self.unknown = self.order.gather(1, known_last), known.count
+            self.masked = torch.zeros_like(self.masked).scatter(1, self.order[:, : known.count], True)
+            self.tokens = torch.where(self.masked[..., None], self.tokens, known.tokens)
         self.visible = self.places = self.order[:, :0]
 
     def steps(self, steps: int, cfg: float, schedule: CfgSchedule) -> Iterator[tuple[int, float]]:
@@ -191,8 +221,9 @@ class _Phase:
         total = self.order.shape[1]
         if not 1 <= steps <= total:
             raise ValueError(f"expected 1 to {total} steps for {total} tokens, got {steps}")
-        now = total
-        for step, left in enumerate(mask_lengths(total, steps)):
+        now = self.unknown
+        steps = min(steps, now)
+        for step, left in enumerate(mask_lengths(now, steps)):
             then = 0 if step == steps - 1 else left  # the last step draws all
             self.visible = self.order[:, now:].sort(dim=1).values
             self.places = self.order[:, then:now].sort(dim=1).values

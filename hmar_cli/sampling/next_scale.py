@@ -4,6 +4,7 @@ Letters: B images, K scales, n_k tokens of scale k, V codebook size, Z codebook 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,6 +26,42 @@ class Noise(Protocol):
 
 Trace = Callable[[str, Tensor], None]
 """Receives intermediate tensors by name (`logits.k`, `draft.k`, `masked.k.j`, ...), for tests and analyses."""
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """A picture of which some tokens are drawn anew, the same ones in every image (see `editing.py`).
+
+    Attributes:
+        tokens: [B, L] int64, the picture's.
+        drawn: for each scale [n_k] bool, the tokens that are drawn; the others are kept.
+        counts: how many that are.
+        weight: [h, w] float32 in [0, 1], share of the new feature map at each place of the last grid.
+    """
+
+    tokens: Tensor
+    drawn: tuple[Tensor, ...]
+    counts: tuple[int, ...]
+    weight: Tensor
+
+    def merge(self, tokens: Tensor, k: int, quantizer: ScaleQuantizer) -> Tensor:
+        """The tokens of scale k [B, n_k]: where they are drawn those given, else the picture's."""
+        return torch.where(self.drawn[k], tokens, self.tokens[:, quantizer.scales.slice(k)])
+
+    def contribution(self, tokens: Tensor, k: int, quantizer: ScaleQuantizer) -> Tensor:
+        """What scale k adds to f_hat, [B, Z, h, w]: the new map within the region, the picture's outside."""
+        kept = quantizer.contribution(self.tokens[:, quantizer.scales.slice(k)], k)
+        if not self.counts[k]:
+            return kept
+        return torch.lerp(kept, quantizer.contribution(tokens, k), self.weight)  # exact for weights 0 and 1
+
+    def f_hat(self, tokens: Tensor, quantizer: ScaleQuantizer) -> Tensor:
+        """Sum of the contributions of tokens [B, L]: [B, Z, h, w]."""
+        scales = quantizer.scales
+        total = quantizer.f_hat(tokens[:, :0])  # zeros
+        for k in range(len(scales)):
+            total = total + self.contribution(tokens[:, scales.slice(k)], k, quantizer)
+        return total
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -59,6 +96,7 @@ def sample_next_scale(
     noise: Noise,
     *,
     trace: Trace | None = None,
+    kept: KeptTokens | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw the token pyramids of a batch of images (VAR, section 3.1; HMAR, multi-step masked prediction).
 
@@ -69,6 +107,7 @@ def sample_next_scale(
         settings: guidance, filters and schedule.
         noise: source of the draws.
         trace: receives intermediate tensors.
+        kept: what is known of the images; by default nothing.
 
     Returns:
         tokens [B, L] int64 and the feature map [B, Z, H, W] that the tokenizer decodes.
@@ -81,16 +120,14 @@ def sample_next_scale(
     schedule = check_schedule(settings.schedule or [[n] for n in scales.lengths], scales)
     if model.masked is None and any(len(passes) > 1 for passes in schedule):
         raise ValueError("expected a model with a masked branch for a schedule that refines")
-    run = _Run(model, labels, settings, noise, trace or (lambda name, tensor: None))
+    run = _Run(model, quantizer, labels, settings, noise, trace or (lambda name, tensor: None), kept)
     tokens: list[Tensor] = []
     f_hat = inputs = None
     for k, passes in enumerate(schedule):
-        drawn, confidence = run.draft(k, inputs)
-        if len(passes) > 1 and inputs is not None:
-            drawn = run.refine(k, quantizer, inputs, drawn, confidence, passes)
+        drawn = run.scale(k, inputs, passes)
         run.trace(f"tokens.{k}", drawn)
         tokens.append(drawn)
-        added = quantizer.contribution(drawn, k)
+        added = quantizer.contribution(drawn, k) if kept is None else kept.contribution(drawn, k, quantizer)
         f_hat = added if f_hat is None else f_hat + added
         if k + 1 < len(scales):
             inputs = quantizer.scale_input(f_hat, k + 1)  # [B, n_{k+1}, Z]
@@ -106,12 +143,15 @@ class _Run:
     def __init__(
         self,
         model: NextScaleTransformer,
+        quantizer: ScaleQuantizer,
         labels: Tensor,
         settings: NextScaleSample,
         noise: Noise,
         trace: Trace,
+        kept: KeptTokens | None,
     ) -> None:
         self.model, self.settings, self.noise, self.trace = model, settings, noise, trace
+        self.quantizer, self.kept = quantizer, kept
         self.labels, self.step = labels, 0
         self.finite = torch.ones((), dtype=torch.bool, device=labels.device)  # read once, at the end
         device = labels.device.type
@@ -120,11 +160,26 @@ class _Run:
         )
         self.cache = model.make_cache(len(labels) * (2 if settings.cfg else 1), dtype)
 
+    def scale(self, k: int, inputs: Tensor | None, passes: tuple[int, ...]) -> Tensor:
+        """The tokens [B, n_k] of scale k: a draft, its refinement, and what is known."""
+        kept, draws = self.kept, 1 if inputs is None else len(passes)
+        after = self.step + draws  # also where a picture spares some of them
+        if kept is not None and not kept.counts[k]:
+            if self.cache is not None:  # later scales look at this one
+                self._logits(k, inputs)
+            tokens = kept.tokens[:, self.quantizer.scales.slice(k)]
+        else:
+            tokens, confidence = self.draft(k, inputs)
+            if kept is not None:
+                tokens = kept.merge(tokens, k, self.quantizer)
+            if draws > 1 and inputs is not None:
+                tokens = self.refine(k, inputs, tokens, confidence, passes)
+        self.step = after
+        return tokens
+
     def draft(self, k: int, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         """Next-scale prediction of all of scale k: tokens [B, n_k] and their confidence [B, n_k]."""
-        strength = self.settings.cfg * k / max(1, len(self.model.scales) - 1)
-        guide = self.settings.cfg != 0  # at every scale, the first too: the cache holds both halves
-        logits = self._guided(guide, strength, k, inputs, None, None, self.cache)
+        logits = self._logits(k, inputs)
         self.trace(f"logits.{k}", logits)
         tokens, confidence = self._draw(logits)
         self.trace(f"draft.{k}", tokens)
@@ -133,20 +188,28 @@ class _Run:
     def refine(
         self,
         k: int,
-        quantizer: ScaleQuantizer,
         inputs: Tensor,
         tokens: Tensor,
         confidence: Tensor,
         passes: tuple[int, ...],
     ) -> Tensor:
-        """Redraw the least confident tokens [B, n_k] of scale k, fewer in every pass (HMAR, section D.4)."""
+        """Redraw the least confident tokens [B, n_k] of scale k, fewer in every pass (HMAR, section D.4).
+
+        Of a picture, the tokens that are drawn anew are shared out over the passes in proportion, rounded towards
+        more to redraw: even a single one is, once, with its kept neighbours in view.
+        """
         assert self.model.masked is not None
-        strength = self.settings.refine_cfg
-        candidates = torch.ones_like(tokens, dtype=torch.bool)
+        quantizer, strength = self.quantizer, self.settings.refine_cfg
+        candidates, drawn, redraws = torch.ones_like(tokens, dtype=torch.bool), tokens.shape[1], 0
+        if self.kept is not None:
+            candidates, drawn = self.kept.drawn[k].expand_as(tokens), self.kept.counts[k]
         for j in range(1, len(passes)):
+            before, redraws = redraws, -(-drawn * sum(passes[j:]) // sum(passes))
+            if redraws == before:  # nothing was decided since the last pass
+                continue
             self.trace(f"conf.{k}.{j}", confidence)
             ranked = confidence.masked_fill(~candidates, float("inf")).argsort(dim=1, stable=True)
-            positions = ranked[:, : sum(passes[j:])]  # least confident first
+            positions = ranked[:, :redraws]  # least confident first
             self.trace(f"masked.{k}.{j}", positions)
             mask = torch.zeros_like(candidates).scatter(1, positions, True)
             keep = ~mask if self.model.masked.leak_free else None
@@ -158,6 +221,12 @@ class _Run:
             candidates = mask
             self.trace(f"tokens.{k}.{j}", tokens)
         return tokens
+
+    def _logits(self, k: int, inputs: Tensor | None) -> Tensor:
+        """Logits [B, n_k, V] of next-scale prediction; of VAR, the cache is one scale longer then."""
+        strength = self.settings.cfg * k / max(1, len(self.model.scales) - 1)
+        guide = self.settings.cfg != 0  # at every scale, the first too: the cache holds both halves
+        return self._guided(guide, strength, k, inputs, None, None, self.cache)
 
     def _guided(
         self,
