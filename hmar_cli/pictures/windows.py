@@ -1,0 +1,181 @@
+"""Where a model looks: windows of its own shape on a picture of any size, one for a region, or a walk outwards.
+
+Letters: H W the picture's rows and columns; h w the model's.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from hmar_cli.pictures.compositing import extend
+from hmar_cli.pictures.picture import Picture, Pixels
+
+CONTEXT = 0.5
+"""Share of a region's sides that a window shows around it, on each side, where there is room."""
+
+LEAST_CONTEXT = 0.125
+"""The same where the picture is too small for more."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of a picture that a model draws in; it may reach out of the picture."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def inside(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """Rows and columns of a picture of `size` (H, W) that lie in the window."""
+        return (
+            slice(max(0, self.top), max(0, min(size[0], self.top + self.height))),
+            slice(max(0, self.left), max(0, min(size[1], self.left + self.width))),
+        )
+
+    def padding(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows before and after, and columns before and after, by which the window reaches out of a picture."""
+        rows, columns = self.inside(size)
+        return (
+            (rows.start - self.top, self.top + self.height - rows.stop),
+            (columns.start - self.left, self.left + self.width - columns.stop),
+        )
+
+
+def window_around(
+    box: tuple[int, int, int, int],
+    size: tuple[int, int],
+    model: tuple[int, int],
+    context: float = CONTEXT,
+) -> Window:
+    """The smallest window of the model's shape around a region and its context.
+
+    It shows `context` times the region's sides on each side of it, and is no smaller than the model's own images. It
+    lies inside the picture if at least `LEAST_CONTEXT` fits in there; else it reaches out.
+
+    Args:
+        box: left, top, right and bottom of the region.
+        size: (H, W) of the picture.
+        model: (h, w) of the model's images.
+        context: 0 or more.
+    """
+    left, top, right, bottom = box
+    need = max((bottom - top) / model[0], (right - left) / model[1])  # scales: picture pixels to a model's
+    fit, cover = (f(size[0] / model[0], size[1] / model[1]) for f in (min, max))
+    want = max(1.0, (1 + 2 * context) * need)
+    least = min((1 + 2 * min(context, LEAST_CONTEXT)) * need, max(need, cover))
+    scale = min(want, fit) if least <= fit else least
+    height = max(math.ceil(scale * model[0] - 1e-9), bottom - top)
+    width = max(math.ceil(scale * model[1] - 1e-9), right - left)
+    return Window(_place(top + bottom, height, size[0]), _place(left + right, width, size[1]), height, width)
+
+
+def _place(twice_centre: int, length: int, room: int) -> int:
+    """Where a stretch around a centre starts, within the room if it is large enough, else around it."""
+    if length > room:
+        return -((length - room) // 2)
+    return min(max((twice_centre - length) // 2, 0), room - length)
+
+
+def walk(
+    size: tuple[int, int], inner: tuple[int, int, int, int], window: tuple[int, int], overlap: float = 0.5
+) -> list[Window]:
+    """Overlapping windows from a picture to the edges of its canvas, each next to what came before it.
+
+    Every window but those that show the picture overlaps an earlier one by at least `overlap` of its side.
+
+    Args:
+        size: (H, W) of the canvas.
+        inner: left, top, right and bottom of the picture on it.
+        window: (height, width) of the windows, in pixels of the canvas.
+        overlap: in [0.25, 1).
+
+    Returns:
+        Windows that cover the canvas, those nearest to the picture first.
+
+    Raises:
+        ValueError: an overlap out of range.
+    """
+    if not 0.25 <= overlap < 1:
+        raise ValueError(f"expected an overlap of 0.25 or more and below 1, got {overlap}")
+    left, top, right, bottom = inner
+    rows = _stops(size[0], top, bottom, window[0], overlap)
+    columns = _stops(size[1], left, right, window[1], overlap)
+    windows = [Window(row, column, *window) for row, column in itertools.product(rows, columns)]
+
+    def distance(each: Window) -> tuple[float, int, int]:
+        down = (2 * each.top + each.height - top - bottom) / window[0]
+        along = (2 * each.left + each.width - left - right) / window[1]
+        return math.hypot(down, along), each.top, each.left
+
+    return sorted(windows, key=distance)
+
+
+def _stops(room: int, start: int, stop: int, length: int, overlap: float) -> list[int]:
+    """Places of windows along one side of a canvas of `room` pixels, whose [start, stop) is the picture."""
+    if length >= room:
+        return [-((length - room) // 2)]
+    step = max(1, int(length * (1 - overlap)))
+    last = room - length
+    first_right, first_left = min(stop - length + step, last), max(start - step, 0)
+    stops = {*range(first_right, last, step), *range(first_left, 0, -step)}
+    stops |= {max(0, min(last, place)) for place in range(first_left, first_right, step)}  # over the picture
+    stops |= {0, last}
+    return sorted(place for place in stops if 0 <= place <= last)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model sees in a window.
+
+    Attributes:
+        image: [h, w, 3] uint8.
+        region: [h, w] float32 in [0, 1], 1 where all is drawn anew; also whatever lies outside the picture.
+    """
+
+    image: Pixels
+    region: npt.NDArray[np.float32]
+
+
+def view_region(region: Pixels, window: Window, model: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """The region in a window at the model's size: averages over areas, [h, w] in [0, 1]; 1 outside the picture."""
+    size = region.shape[0], region.shape[1]
+    part = np.pad(region[window.inside(size)], window.padding(size), constant_values=255)
+    means = _resized(part.astype(np.float32), model, Image.Resampling.BOX)
+    shares: npt.NDArray[np.float32] = (means / np.float32(255)).round(
+        5
+    )  # what is full is 1, whatever the rounding
+    return shares
+
+
+def view_image(
+    picture: Picture, window: Window, model: tuple[int, int], unknown: npt.NDArray[np.bool_]
+) -> Pixels:
+    """The picture in a window at the model's size, [h, w, 3]; what is unknown continues its surroundings.
+
+    Args:
+        picture: the picture.
+        window: the window.
+        model: (h, w).
+        unknown: [h, w], where the picture's pixels are not used.
+    """
+    part = picture.seen(*window.inside(picture.size))
+    padded: Pixels = np.pad(part, (*window.padding(picture.size), (0, 0)), mode="edge")
+    image: Any = _resized(padded, model, Image.Resampling.LANCZOS)
+    result: Pixels = image
+    if unknown.any() and not unknown.all():
+        filled = extend(image.astype(np.float32), ~unknown)
+        result = filled.round().clip(0, 255).astype(np.uint8)
+    return result
+
+
+def _resized(values: Any, size: tuple[int, int], filter: Image.Resampling) -> Any:
+    """Resize [H, W] or [H, W, 3] to `size`, antialiased; the same numbers where it has that size."""
+    if values.shape[:2] == size:
+        return values
+    return np.asarray(Image.fromarray(values).resize((size[1], size[0]), filter))
