@@ -280,9 +280,7 @@ class Train:
     seed: Whole = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 on a GPU and fp32 on a CPU
     compile: bool = False  # torch.compile
-    graphs: bool = (
-        False  # CUDA graphs of whole steps: for small models on one GPU, where launches take longer
-    )
+    graphs: bool = False  # CUDA graphs of whole steps: quicker for small models, on one GPU
     ema: Decay = 0.0  # of the averaged weights, warmed up; 0 keeps none
     log_every: Count = 50  # steps
     save_every: Count = 5000
