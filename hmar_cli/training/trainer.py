@@ -234,21 +234,32 @@ class Trainer:
         self.means, self.norms = Means(), Means()
         self.recent: list[tuple[int, Tensor]] = []  # source indices of each step since the last log
         lines = objective.prepare(self.plan.micro_batch, torch.bfloat16 if self.bf16 else torch.float32)
+        self.graphed: GraphedStep | None = None
+        if recipe.train.graphs:
+            if why := self._no_graphs():
+                lines.append(f"graphs: none ({why})")
+            else:
+                parameters = list(self.optimizer.parameters.values())
+                self.graphed = GraphedStep(self.losses, parameters, 1 / recipe.train.accumulate)
         if self.rank == 0:
             for line in lines:
                 console.print(line, highlight=False)
         if recipe.train.compile:
             objective.compile_networks()
-        self.graphed: GraphedStep | None = None
-        if recipe.train.graphs and objective.graphable and self.device.type == "cuda" and self.world == 1:
-            parameters = list(self.optimizer.parameters.values())
-            self.graphed = GraphedStep(self.losses, parameters, 1 / recipe.train.accumulate)
         self.wrapped: nn.Module = objective
         if self.world > 1:
             # the successor of `broadcast_buffers` is not in every PyTorch from 2.8 on
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 self.wrapped = self.accelerator.prepare_model(objective, device_placement=False)
+
+    def _no_graphs(self) -> str:
+        """Why steps cannot be CUDA graphs; empty where they can."""
+        if self.device.type != "cuda":
+            return "they need a GPU"
+        if self.world > 1:
+            return "several processes train"
+        return "" if self.objective.graphable else "steps of this kind differ from each other"
 
     def train_step(self, stream: Iterator[Batch]) -> None:
         """One optimizer step: accumulate gradients over the micro-batches, judge them, update."""

@@ -331,6 +331,12 @@ def test_compile_compiles_the_model(monkeypatch):
     assert compiled == [objective.model]
 
 
+def test_graphs_are_left_out_without_a_gpu_and_it_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    trained = Trainer(toys.Toy(), toys.recipe(graphs=True), toys.IMAGES, "cpu")
+    assert trained.graphed is None
+    assert "graphs: none (they need a GPU)" in capfd.readouterr().err
+
+
 def test_seeds_differ_by_step_micro_batch_rank_and_seed():
     drawn = set()
     for place in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]:
