@@ -11,6 +11,7 @@ from hmar_cli.commands import (
     bench_attention,
     checkpoint,
     curves,
+    edit,
     eval,
     finetune_masked,
     recipes,
@@ -84,7 +85,7 @@ app = typer.Typer(
     help="Autoregressive image generation: HMAR, VAR, Hi-MAR and MAR, from raw images to samples.",
     epilog="Start with `hmar recipes list`, or see the README for a command for each job.",
 )
-for module in (tokenize, train, finetune_masked, sample, curves, bench_attention):
+for module in (tokenize, train, finetune_masked, sample, edit, curves, bench_attention):
     module.register(app)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")

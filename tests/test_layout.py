@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "data": {"models", "tokenizers", "settings"},
     "training": {"models", "tokenizers", "data", "checkpoints", "recipe", "settings"},
     "sampling": {"models", "tokenizers", "report", "settings"},
+    "pictures": {"models", "tokenizers", "sampling", "report", "settings"},
     "evaluation": {"models", "tokenizers", "data"},
     "benchmarks": {"models", "training", "builders", "recipe", "settings"},
     "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},

@@ -3,7 +3,7 @@
 Letters: H W the canvas's rows and columns; h w the model's; B variations that are drawn together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -120,7 +120,7 @@ def plan_room(
         feather: pixels; by default 1/32 of a window's shorter side.
     """
     scale = height / model[0] if height else min(picture.size[0] / model[0], picture.size[1] / model[1])
-    side = max(1, round(scale * model[0])), max(1, round(scale * model[1]))
+    side = max(2, round(scale * model[0])), max(2, round(scale * model[1]))
     inner = room.left, room.top, room.left + picture.size[1], room.top + picture.size[0]
     region = room_region(room, picture.size)
     todo, windows = region.copy(), []
@@ -140,7 +140,7 @@ def _feather(window: Window, feather: int | None) -> int:
 def edit_picture(
     plan: Plan,
     painter: Painter,
-    variations: int,
+    numbers: Sequence[int],
     *,
     match: bool = True,
     erase: bool = False,
@@ -155,7 +155,7 @@ def edit_picture(
     Args:
         plan: what is drawn where.
         painter: the model.
-        variations: how many.
+        numbers: which variations.
         match: remove shifts of colour as they show around the region.
         erase: hide what is in the region now from the model, too.
         together: most variations that are drawn at once.
@@ -166,16 +166,16 @@ def edit_picture(
     """
     height, width = plan.canvas.size
     together = max(1, min(together, LIMIT // (height * width)))
-    for first in range(0, variations, together):
-        numbers = range(first, min(first + together, variations))
-        canvases = [plan.canvas.copy() for _ in numbers]
+    for first in range(0, len(numbers), together):
+        batch = numbers[first : first + together]
+        canvases = [plan.canvas.copy() for _ in batch]
         todo = plan.region.copy() if plan.blank else plan.region
         for step, window in enumerate(plan.windows):
-            _draw_window(plan, painter, canvases, todo, numbers, step, match, erase)
+            _draw_window(plan, painter, canvases, todo, batch, step, match, erase)
             if plan.blank:
                 todo[window.inside(plan.canvas.size)] = 0
-            advance(len(numbers))
-        yield from zip(numbers, canvases, strict=True)
+            advance(len(batch))
+        yield from zip(batch, canvases, strict=True)
 
 
 def _draw_window(
@@ -240,16 +240,17 @@ def reconstruction(plan: Plan, painter: Painter) -> Picture:
     return canvas
 
 
-def sheet(plan: Plan, again: Picture, variations: Sequence[Picture]) -> Image.Image:
+def sheet(plan: Plan, again: Picture, variations: Iterable[Picture]) -> Image.Image:
     """Lay out input, region, the tokenizer's reconstruction and variations side by side.
 
     Args:
         plan: what was drawn.
         again: the `reconstruction`.
-        variations: all, or the first of them.
+        variations: those to show, one at a time.
     """
-    tiles = [_tile(plan.canvas), shown_region(plan), _tile(again), *(_tile(each) for each in variations)]
-    names = [f"variation {i}" for i in range(len(variations))]
+    drawn = [_tile(each) for each in variations]
+    tiles = [_tile(plan.canvas), shown_region(plan), _tile(again), *drawn]
+    names = [f"variation {i}" for i in range(len(drawn))]
     captions = ["input", f"region, feather {plan.feather}", "tokenizer's reconstruction", *names]
     columns = 1 if tiles[0].shape[1] > 2 * tiles[0].shape[0] else 0
     return image_grid(tiles, columns, captions=captions)

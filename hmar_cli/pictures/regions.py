@@ -210,7 +210,8 @@ def read_mask(path: Path, size: tuple[int, int]) -> Pixels:
     if image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    return np.asarray(image.convert("L"))
+    brightness: Pixels = np.asarray(image.convert("L"))
+    return brightness
 
 
 def bounds(region: Pixels) -> tuple[int, int, int, int]:
@@ -239,7 +240,8 @@ def grow(region: Pixels, radius: int) -> Pixels:
         if rest := width - span:
             values = np.maximum(values[:-rest], values[rest:])
         region = np.moveaxis(values, 0, axis)
-    return np.ascontiguousarray(region)
+    grown: Pixels = np.ascontiguousarray(region)
+    return grown
 
 
 def feathered(region: Pixels, feather: int) -> Pixels:
@@ -251,7 +253,8 @@ def feathered(region: Pixels, feather: int) -> Pixels:
     if feather < 0:
         raise ValueError(f"expected a feather of 0 or more pixels, got {feather}")
     if not feather or not region.any():
-        return region.copy()
+        same: Pixels = region.copy()
+        return same
     left, top, right, bottom = bounds(region)
     part = np.s_[
         max(0, top - feather) : bottom + feather, max(0, left - feather) : right + feather

@@ -92,17 +92,19 @@ def walk(
     Args:
         size: (H, W) of the canvas.
         inner: left, top, right and bottom of the picture on it.
-        window: (height, width) of the windows, in pixels of the canvas.
+        window: (height, width) of the windows, in pixels of the canvas, each at least 2.
         overlap: in [0.25, 1).
 
     Returns:
         Windows that cover the canvas, those nearest to the picture first.
 
     Raises:
-        ValueError: an overlap out of range.
+        ValueError: an overlap out of range, or windows too small to overlap.
     """
     if not 0.25 <= overlap < 1:
         raise ValueError(f"expected an overlap of 0.25 or more and below 1, got {overlap}")
+    if min(window) < 2:
+        raise ValueError(f"expected windows of at least 2 pixels, got {window}")
     left, top, right, bottom = inner
     rows = _stops(size[0], top, bottom, window[0], overlap)
     columns = _stops(size[1], left, right, window[1], overlap)

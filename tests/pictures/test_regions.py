@@ -67,7 +67,7 @@ def test_boxes_that_are_none(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("text", ["-1,0,3,3", "0,0,21,3", "0,0,3,11", "50,50,60,60"])
 def test_a_box_outside_the_picture(text: str) -> None:
-    with pytest.raises(UserError, match="reaches out of cat.png, which has 20 x 10 pixels"):
+    with pytest.raises(UserError, match=r"reaches out of cat\.png, which has 20 x 10 pixels"):
         parse_box(text).pixels((10, 20), "cat.png")
 
 

@@ -1,0 +1,316 @@
+"""Flags of every command that draws with a model, and what they come to for a checkpoint."""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hmar_cli.checkpoints import store
+    from hmar_cli.models.scales import Scales, Schedule
+    from hmar_cli.sampling.images import Conditions
+    from hmar_cli.settings import ClipText, JointText, MaskedArSample, NextScaleSample
+
+NEXT_SCALE_PANEL = "VAR, HMAR"
+MASKED_PANEL = "MAR, Hi-MAR"
+
+
+FAST_STEPS, SLOW_STEPS = (20, 20), (250, 100)
+"""Steps of the dense and the pivot head with "ddim" or "dpm++", and with "ddpm", where the recipe has the other."""
+
+SETTINGS = (
+    "cfg",
+    "top_k",
+    "top_p",
+    "refine_cfg",
+    "schedule",
+    "steps",
+    "pivot_steps",
+    "pivot_cfg",
+    "cfg_schedule",
+    "pivot_cfg_schedule",
+    "temperature",
+    "head_sampler",
+    "head_steps",
+    "pivot_head_steps",
+)
+"""Flags that are settings of a sampler."""
+
+Checkpoint = Annotated[Path, typer.Option(help="Checkpoint or run folder.")]
+Prompt = Annotated[list[str] | None, typer.Option(help="Text of an image, for text models; may be repeated.")]
+TextWeights = Annotated[
+    Path | None,
+    typer.Option(help="File of CLIP's weights, where the recipe's tag or file is not at hand."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of all random numbers.")]
+Cfg = Annotated[
+    float | None,
+    typer.Option(min=0, help="Guidance. VAR, HMAR: at the last scale, 0 is none. MAR, Hi-MAR: 1 is none."),
+]
+TopK = Annotated[
+    int | None, typer.Option(min=0, rich_help_panel=NEXT_SCALE_PANEL, help="Candidates kept, 0 all.")
+]
+TopP = Annotated[
+    float | None, typer.Option(min=0, max=1, rich_help_panel=NEXT_SCALE_PANEL, help="Mass kept, 0 all.")
+]
+SchedulePasses = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel=NEXT_SCALE_PANEL,
+        help="Refinement: recipe, none, single, passes per scale (1,2,4,1), or JSON.",
+    ),
+]
+RefineCfg = Annotated[
+    float | None, typer.Option(min=0, rich_help_panel=NEXT_SCALE_PANEL, help="Guidance in refinement.")
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=MASKED_PANEL, help="Steps of phase 2, or of MAR.")
+]
+PivotSteps = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=MASKED_PANEL, help="Steps of phase 1.")
+]
+PivotCfg = Annotated[
+    float | None,
+    typer.Option(min=0, rich_help_panel=MASKED_PANEL, help="Guidance of phase 1; 1 is none."),
+]
+CfgSchedule = Annotated[
+    Literal["linear", "constant"] | None,
+    typer.Option(rich_help_panel=MASKED_PANEL, help="How guidance grows with the share of known tokens."),
+]
+PivotCfgSchedule = Annotated[
+    Literal["linear", "constant"] | None,
+    typer.Option(rich_help_panel=MASKED_PANEL, help="The same in phase 1."),
+]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, rich_help_panel=MASKED_PANEL, help="Factor of ddpm's noise.")
+]
+HeadSampler = Annotated[
+    Literal["ddpm", "ddim", "dpm++"] | None,
+    typer.Option(rich_help_panel=MASKED_PANEL, help="Diffusion sampler of the heads."),
+]
+HeadSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1000,
+        rich_help_panel=MASKED_PANEL,
+        help="Its steps. [default: the recipe's; 20 where that has ddpm]",
+    ),
+]
+PivotHeadSteps = Annotated[
+    int | None, typer.Option(min=1, max=1000, rich_help_panel=MASKED_PANEL, help="The same in phase 1.")
+]
+BatchSize = Annotated[int, typer.Option(min=0, help="Images at once; 0 is the recipe's.")]
+Weights = Annotated[str, typer.Option(help="model or ema. [default: ema where it exists]")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Tokenizer, where the checkpoint carries none.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")]
+Precision = Annotated[str, typer.Option(help="auto (bf16 on a GPU), bf16 or fp32.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
+
+
+def given_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a command's arguments those that set a sampler and were given, by the names of the settings.
+
+    Args:
+        flags: all of the command's arguments, as `locals()` has them.
+    """
+    given = {name: flags[name] for name in SETTINGS if flags[name] is not None}
+    if given["schedule"] == "recipe":
+        del given["schedule"]
+    return given
+
+
+def parse_labels(text: str, class_names: tuple[str, ...]) -> list[int]:
+    """Turn "3,cat" into class indices; an empty text is every class.
+
+    Raises:
+        UserError: a label that is neither a class name nor an index in range.
+    """
+    if not text:
+        return list(range(len(class_names)))
+    labels = []
+    folded = [name.casefold() for name in class_names]
+    for label in (part.strip() for part in text.split(",")):
+        if label.casefold() in folded:
+            labels.append(folded.index(label.casefold()))
+        elif label.isdecimal() and int(label) < len(class_names):
+            labels.append(int(label))
+        else:
+            import difflib
+
+            near = difflib.get_close_matches(label.casefold(), folded, n=3)
+            known = ", ".join(class_names[folded.index(n)] for n in near) or ", ".join(class_names[:10])
+            raise UserError(
+                f"no class {label!r} among the {len(class_names)} of this checkpoint",
+                f"use an index from 0 to {len(class_names) - 1}, or a name such as {known}",
+            )
+    return labels
+
+
+def parse_schedule(text: str, default: "Schedule", scales: "Scales") -> "Schedule":
+    """Read a refinement schedule.
+
+    Args:
+        text: "recipe" (the default), "none", "single" (one token a pass), passes per scale such as "1,2,4,1", or
+            JSON with the tokens kept by each pass of each scale such as "[[1],[1,3]]".
+        default: the recipe's.
+        scales: what it must fit.
+
+    Raises:
+        UserError: none of these, or it doesn't fit.
+    """
+    from hmar_cli.models.scales import check_schedule, split_passes
+
+    try:
+        if text == "recipe":
+            return check_schedule(default, scales) if default else ()
+        if text == "none":
+            return ()
+        if text == "single":
+            return tuple((1,) * n for n in scales.lengths)
+        if text.startswith("["):
+            return check_schedule(json.loads(text), scales)
+        passes = [int(part) for part in text.split(",")]
+        if len(passes) != len(scales):
+            raise ValueError(f"expected passes for {len(scales)} scales, got {len(passes)}")
+        return tuple(split_passes(n, p) for n, p in zip(scales.lengths, passes, strict=True))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--schedule {text}: {error}",
+            f"use recipe, none, single, passes for the {len(scales)} scales such as "
+            f"{','.join('1' * len(scales))}, or JSON",
+        ) from error
+
+
+def conditions_for(
+    text: "ClipText | JointText | None", classes: list[int], prompts: list[str]
+) -> "Conditions":
+    """What the images are of: prompts for a model that reads them, else classes."""
+    from hmar_cli.data.captions import caption_encoder
+    from hmar_cli.sampling.images import Labels, Prompts
+
+    if text is None:
+        return Labels(tuple(classes))
+    # an encoder for the device of this process, made once
+    return Prompts(tuple(prompts), functools.cache(functools.partial(caption_encoder, text)))
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """Collect the prompts of the flags and of the file, which has one a line.
+
+    Raises:
+        UserError: a file that cannot be read, or holds none.
+    """
+    if file is None:
+        return prompts
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read {file}: {error}", "give a text file with a prompt on every line"
+        ) from error
+    found = [line for line in lines if line]
+    if not found:
+        raise UserError(f"{file} holds no prompt", "write one on every line")
+    return [*prompts, *found]
+
+
+def text_settings(checkpoint: "store.Checkpoint", weights: Path | None) -> "ClipText | JointText | None":
+    """What reads the prompts, a frozen tower from the file that was given.
+
+    Raises:
+        UserError: a file for a model that has no such tower.
+    """
+    from dataclasses import replace
+
+    from hmar_cli.settings import ClipText
+
+    text = checkpoint.recipe.text
+    if weights is None:
+        return text
+    if not isinstance(text, ClipText):
+        raise UserError(f"{checkpoint.folder} reads no text through CLIP", "leave out --text-weights")
+    return replace(text, weights=str(weights))
+
+
+def check_condition(checkpoint: "store.Checkpoint", labels: str, prompts: list[str]) -> None:
+    """See that a text model gets prompts, and another one labels.
+
+    Raises:
+        UserError: the wrong ones, or none for a text model.
+    """
+    if checkpoint.recipe.text is None and prompts:
+        raise UserError(
+            f"{checkpoint.folder} draws classes and knows no text", "use --labels with names or indices"
+        )
+    if checkpoint.recipe.text is not None and (labels or not prompts):
+        raise UserError(
+            f"{checkpoint.folder} draws what a text says", 'use --prompt "…" or --prompt-file FILE'
+        )
+
+
+def resolve(checkpoint: "store.Checkpoint", given: dict[str, Any]) -> "NextScaleSample | MaskedArSample":
+    """Complete the flags that were given by what the checkpoint's recipe says.
+
+    Raises:
+        UserError: a tokenizer's checkpoint, a flag of the other family, or values that cannot be followed.
+    """
+    from dataclasses import fields, replace
+
+    from hmar_cli.settings import NextScaleSample, impossible_combinations
+
+    recipe = checkpoint.recipe
+    if recipe.model is None or recipe.model.kind == "classifier":
+        what = "classifier" if recipe.model else "tokenizer"
+        raise UserError(f"{checkpoint.folder} holds a {what}, not a model", "pass the checkpoint of a model")
+    settings = recipe.sample
+    known = {each.name for each in fields(settings)}
+    if foreign := [f"--{name.replace('_', '-')}" for name in given if name not in known]:
+        family = "VAR or HMAR" if isinstance(settings, NextScaleSample) else "MAR or Hi-MAR"
+        raise UserError(
+            f"{checkpoint.folder} is a {family}, which has no {', '.join(foreign)}",
+            "`--help` lists the flags of each family",
+        )
+    if isinstance(settings, NextScaleSample):
+        return _resolve_next_scale(checkpoint, settings, given)
+    phase1 = [f"--{name.replace('_', '-')}" for name in given if name.startswith("pivot_")]
+    if phase1 and getattr(recipe.model, "pivots", "none") == "none":
+        raise UserError(
+            f"{checkpoint.folder} is a MAR, which has no pivots for {', '.join(phase1)}", "leave them out"
+        )
+    sampler = given.get("head_sampler", settings.head_sampler)
+    if (sampler == "ddpm") != (settings.head_sampler == "ddpm"):  # the recipe's steps are not for this one
+        steps = SLOW_STEPS if sampler == "ddpm" else FAST_STEPS
+        given = {"head_steps": steps[0], "pivot_head_steps": steps[1], "temperature": 1.0, **given}
+    chosen = replace(settings, **given)
+    if problems := impossible_combinations(replace(recipe, sample=chosen)):
+        raise UserError("these flags cannot be followed", "see `--help`", problems)
+    return chosen
+
+
+def _resolve_next_scale(
+    checkpoint: "store.Checkpoint", settings: "NextScaleSample", given: dict[str, Any]
+) -> "NextScaleSample":
+    """The same for VAR and HMAR, whose schedule comes in several spellings."""
+    from dataclasses import replace
+
+    from hmar_cli.settings import Msvq
+
+    recipe = checkpoint.recipe
+    assert isinstance(recipe.tokenizer, Msvq)
+    refines = recipe.objective.kind == "masked"
+    passes = parse_schedule(
+        given.get("schedule", "recipe"), settings.schedule if refines else (), recipe.scales
+    )
+    if not refines and any(len(entry) > 1 for entry in passes):
+        raise UserError(
+            f"{checkpoint.folder} has no masked branch, so it cannot refine",
+            "use --schedule none, or run `hmar finetune-masked` first",
+        )
+    chosen = replace(settings, **given | {"schedule": passes})
+    return replace(chosen, top_k=min(chosen.top_k, recipe.tokenizer.vocab_size))
