@@ -1,25 +1,28 @@
 """Edits without training: a region of a picture is drawn anew, the rest stays known to the model.
 
-A token belongs to the region if any part of what it stands for does: its coverage, the share of its area that lies
-in the region, is above 0. Pixels come out of the tokenizer's decoder everywhere; putting those outside the region
-back is the caller's part.
+A token's coverage is the share of what it stands for that lies in the region. On the finest grid every token with
+any coverage is drawn. Pixels come out of the tokenizer's decoder everywhere; putting those outside the region back
+is the caller's part.
 
 VAR and HMAR. The picture is encoded to token maps. At every scale tokens of the region are drawn, the others kept.
-A coarse token covers both what is kept and what is new, so feature maps are blended by coverage on the last grid:
-what scale k adds to f_hat is M h(new map) + (1 - M) h(picture's map). Outside the region features stay the
-picture's, at every scale; a coarse token that is drawn counts inside alone. `keep_scales` keeps the first scales
-whole, and with them the picture's layout and colours inside the region; a `strength` below 1 does the same by a
-share of the scales. Refinement redraws tokens of the region only, and sees the kept ones beside them.
+A coarse token covers both what is kept and what is new. Drawn anew it knows nothing of what is kept beside it in
+the same token, and the colours inside the region come out at odds with those outside; so it is kept up to a
+`least_coverage`, and finer scales do the rest. Feature maps are blended by coverage on the last grid: what scale k
+adds to f_hat is M h(new map) + (1 - M) h(picture's map). Outside the region features stay the picture's, at every
+scale; a coarse token that is drawn counts inside alone. `keep_scales` keeps the first scales whole, and with them
+the picture's layout and colours inside the region; a `strength` below 1 does the same by a share of the scales.
+Refinement redraws tokens of the region only, and sees the kept ones beside them.
 
 MAR and Hi-MAR. Tokens outside the region are known from the start, as the encoder's posterior means, and stay known
 in every step: the transformer sees them, and a transformer head has them imposed where the sampler's settings say
-so. Hi-MAR's first phase does the same with the pivots of the shrunken picture; its second one sees conditional
-tokens of the pivots that were drawn and, as in training, the learned empty pivots where they were known. `strength`
-is the share of the region's tokens that are drawn, those that come last in the random order of the image; the
-others are known too.
+so. Hi-MAR's first phase does the same with the pivots of the shrunken picture, where any coverage makes a pivot
+unknown; its second one sees conditional tokens of the pivots that were drawn and, as in training, the learned empty
+pivots where they were known. `strength` is the share of the region's tokens that are drawn, those that come last in
+the random order of the image; the others are known too.
 
-Whatever lies inside the region is seen by the tokenizer's encoder, whose view is wide: tokens next to the region
-carry traces of it. A caller who wants nothing of it to be left fills the region before.
+What lies inside the region is seen by the tokenizer's encoder: coarse tokens that are kept hold some of it, and
+tokens beside the region carry traces of it. A caller who wants nothing of it to be left fills the region before,
+best with a smooth continuation of what surrounds it.
 
 Letters: B images, H W their size, K scales, L tokens of all scales, n tokens of one grid, h w the last grid, C latent
 channels, M coverage.
@@ -52,6 +55,8 @@ class EditSettings:
         strength: in (0, 1]. VAR and HMAR: the first round((1 - strength) K) scales are kept in the region too, but
             never all. MAR and Hi-MAR: the share of the region's tokens that are drawn, rounded up.
         keep_scales: VAR and HMAR: the first scales that are kept whole, 0 to K - 1; the larger of both counts.
+        least_coverage: in [0, 1). VAR and HMAR: a token of any scale but the last is drawn if its coverage is above
+            this. 0 draws every token that the region touches.
 
     Raises:
         ValueError: a value out of range.
@@ -59,12 +64,15 @@ class EditSettings:
 
     strength: float = 1.0
     keep_scales: int = 0
+    least_coverage: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise ValueError(f"expected a strength above 0 and up to 1, got {self.strength}")
         if self.keep_scales < 0:
             raise ValueError(f"expected 0 or more scales to keep, got {self.keep_scales}")
+        if not 0 <= self.least_coverage < 1:
+            raise ValueError(f"expected a least coverage from 0 to below 1, got {self.least_coverage}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def region_views(
         model: VAR, HMAR: a view for each scale. Hi-MAR: pivots, then tokens. MAR: tokens.
         region: [H, W] float in [0, 1], 1 where all is drawn anew; of the model's size, or any that is no smaller than
             the token grid.
-        edit: which scales are kept.
+        edit: which tokens are kept.
 
     Raises:
         ValueError: a region of another shape or range, or more scales to keep than the model can.
@@ -128,10 +136,12 @@ def region_views(
         raise ValueError(f"expected at most {len(scales) - 1} scales to keep, got {edit.keep_scales}")
     weak = min(math.floor((1 - edit.strength) * len(scales) + 0.5), len(scales) - 1)
     first = max(edit.keep_scales, weak)
-    return [
-        _view(f"scale {k + 1} of {len(scales)}", _shrink(finest, grid), kept=k < first)
-        for k, grid in enumerate(scales.grids)
-    ]
+    views = []
+    for k, grid in enumerate(scales.grids):
+        least = edit.least_coverage if k + 1 < len(scales) else 0.0
+        view = _view(f"scale {k + 1} of {len(scales)}", _shrink(finest, grid), least)
+        views.append(view if k >= first else replace(view, drawn=torch.zeros_like(view.drawn)))
+    return views
 
 
 def _shrink(coverage: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -139,9 +149,9 @@ def _shrink(coverage: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(coverage, size=grid, mode="area")
 
 
-def _view(name: str, coverage: Tensor, kept: bool = False) -> RegionView:
+def _view(name: str, coverage: Tensor, least: float = 0.0) -> RegionView:
     plain = coverage[0, 0]  # [h, w]
-    return RegionView(name, plain, (plain > 0) & (not kept))
+    return RegionView(name, plain, plain > least)
 
 
 @torch.inference_mode()

@@ -216,7 +216,8 @@ def test_tokens_outside_the_region_are_the_pictures(
     name: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, images, region = make(name), pictures(2), random_region(seed)
-    features = decoded(family, lambda: family.edit(images, region, [0, 1]), monkeypatch)
+    changes = {"least_coverage": seed % 3 / 3}
+    features = decoded(family, lambda: family.edit(images, region, [0, 1], **changes), monkeypatch)
     kept, covered = of_the_picture(family, images), region_views(family.model, region, EditSettings())[-1]
     outside, inside = ~covered.drawn, covered.drawn
     assert inside.any() == bool(region.any())
@@ -231,7 +232,7 @@ def test_tokens_outside_the_region_are_the_pictures(
 @pytest.mark.parametrize("seed", range(4))
 def test_features_are_blended_by_coverage(name: str, seed: int) -> None:
     family, region = make(name), random_region(seed)
-    views = region_views(family.model, region, EditSettings())
+    views = region_views(family.model, region, EditSettings(least_coverage=0))
     quantizer, own = family.tokenizer.quantizer, family.tokenizer.encode(pictures(2))
     kept = kept_tokens(own, views)
     noise = PhiloxNoise(5, torch.arange(2))
@@ -246,6 +247,19 @@ def test_features_are_blended_by_coverage(name: str, seed: int) -> None:
     assert torch.equal(tokens[:, ~drawn], own[:, ~drawn])
 
 
+@pytest.mark.parametrize("name", ["var", "hmar-refined"])
+def test_a_soft_region_is_the_weight_of_the_new_features(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one scale to draw, which sees kept scales alone, the new tokens are those of the hard region."""
+    family, images = make(name), pictures(2)
+    soft = torch.linspace(0.1, 1, HEIGHT)[:, None].expand(-1, WIDTH)
+    picture, half, new = (
+        decoded(family, lambda x=region: family.edit(images, x, [0, 1], keep_scales=3), monkeypatch)
+        for region in (torch.zeros(HEIGHT, WIDTH), soft, torch.ones(HEIGHT, WIDTH))
+    )
+    weight = soft.unflatten(0, (-1, 2)).mean(1)[:, ::2]  # [h, w]
+    torch.testing.assert_close(half, picture + weight * (new - picture), rtol=1e-5, atol=1e-5)
+
+
 def kept_tokens(tokens: Tensor, views: list[Any]) -> KeptTokens:
     drawn = tuple(view.drawn.flatten() for view in views)
     return KeptTokens(tokens, drawn, tuple(int(each.sum()) for each in drawn), views[-1].coverage)
@@ -258,7 +272,7 @@ def test_what_is_drawn_sees_what_is_kept(name: str, keep_scales: int) -> None:
     family, seen = make(name), {}
     region = torch.zeros(HEIGHT, WIDTH)
     region[2:7, 3:9] = 1
-    views = region_views(family.model, region, EditSettings(keep_scales=keep_scales))
+    views = region_views(family.model, region, EditSettings(keep_scales=keep_scales, least_coverage=0))
     quantizer, labels = family.tokenizer.quantizer, torch.tensor([0, 2])
     kept = kept_tokens(family.tokenizer.encode(pictures(2)), views)
     settings = replace(family.settings, cfg=0.0)
@@ -287,7 +301,7 @@ def test_what_is_drawn_sees_what_is_kept(name: str, keep_scales: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_refinement_redraws_the_region_alone(name: str, seed: int) -> None:
     family, seen = make(name), {}
-    views = region_views(family.model, random_region(seed), EditSettings())
+    views = region_views(family.model, random_region(seed), EditSettings(least_coverage=0))
     kept = kept_tokens(family.tokenizer.encode(pictures(2)), views)
     sample_next_scale(
         family.model,
@@ -312,7 +326,7 @@ def test_a_single_token_is_refined_with_its_neighbours_in_view() -> None:
     family, seen = make("hmar-refined"), {}
     region = torch.zeros(HEIGHT, WIDTH)
     region[3, 3] = 1
-    views = region_views(family.model, region, EditSettings())
+    views = region_views(family.model, region, EditSettings(least_coverage=0))
     assert [int(view.drawn.sum()) for view in views] == [1, 1, 1, 1]
     own = family.tokenizer.encode(pictures(1))
     other = own.clone()
@@ -468,7 +482,8 @@ def test_a_small_region_takes_fewer_steps() -> None:
 def test_views_of_a_region() -> None:
     region = torch.zeros(HEIGHT, WIDTH)
     region[0:2, 0:3] = 1  # a token and a half
-    views = region_views(make("hmar").model, region, EditSettings(keep_scales=1))
+    hmar = make("hmar").model
+    views = region_views(hmar, region, EditSettings(keep_scales=1, least_coverage=0))
     assert [view.name for view in views] == [f"scale {k} of 4" for k in (1, 2, 3, 4)]
     assert [tuple(view.coverage.shape) for view in views] == list(SCALES.grids)
     assert views[3].coverage[0].tolist() == [1, 0.5, 0, 0, 0, 0] and views[3].coverage.sum() == 1.5
@@ -476,6 +491,15 @@ def test_views_of_a_region() -> None:
     assert views[1].coverage.flatten().tolist() == [0.25, 0, 0, 0]
     assert views[0].coverage.tolist() == [[0.0625]]
     assert [int(view.drawn.sum()) for view in views] == [0, 1, 1, 2]
+    for least, drawn in (
+        (0.05, [1, 1, 1, 2]),
+        (0.25, [0, 0, 1, 2]),
+        (0.5, [0, 0, 0, 2]),
+    ):  # "above", not "from"
+        views = region_views(hmar, region, EditSettings(least_coverage=least))
+        assert [int(view.drawn.sum()) for view in views] == drawn
+    full = region_views(hmar, torch.ones(HEIGHT, WIDTH), EditSettings(least_coverage=0.999))
+    assert all(view.drawn.all() for view in full)
     assert [
         (v.name, tuple(v.drawn.shape)) for v in region_views(make("mar").model, region, EditSettings())
     ] == [("tokens", GRID)]
@@ -485,10 +509,10 @@ def test_views_of_a_region() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_coarse_token_is_drawn_where_a_fine_one_is(seed: int) -> None:
-    """So that a region never vanishes from a scale, and no kept token is asked to change."""
+    """Unless a least coverage is asked for, a region never vanishes from a scale."""
     region = random_region(seed)
     for name in ("hmar", "himar"):
-        *coarse, finest = region_views(make(name).model, region, EditSettings())
+        *coarse, finest = region_views(make(name).model, region, EditSettings(least_coverage=0))
         assert torch.equal(finest.drawn, torch.nn.functional.max_pool2d(region[None], 2)[0] > 0)
         for view in coarse:
             pooled = torch.nn.functional.adaptive_max_pool2d(finest.drawn[None].float(), view.drawn.shape)[0]
@@ -506,6 +530,9 @@ def test_wrong_arguments() -> None:
             EditSettings(strength=strength)
     with pytest.raises(ValueError, match="expected 0 or more scales to keep, got -1"):
         EditSettings(keep_scales=-1)
+    for least in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="expected a least coverage from 0"):
+            EditSettings(least_coverage=least)
     with pytest.raises(ValueError, match="expected at most 3 scales to keep, got 4"):
         family.edit(pictures(1), region, [0], keep_scales=4)
     with pytest.raises(ValueError, match="expected no scales to keep"):
