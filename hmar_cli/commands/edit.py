@@ -46,6 +46,9 @@ REGION_PANEL, OUTPAINT_PANEL = "The region", "Out-painting"
 WHOLE_STRENGTH = 0.6
 """Strength of an edit of the whole picture: with more, next to nothing of it would be left."""
 
+KEPT = 1
+"""Scales that are kept by default: what is erased continues its surroundings, and with it the mean colour."""
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 """Files of a folder that are taken for pictures."""
 
@@ -82,7 +85,21 @@ class Request:
 
     def describe(self) -> dict[str, Any]:
         """All that decides the region, for the record."""
-        return {**asdict(self), "mask": None if self.mask is None else str(self.mask)}
+        if self.kind == "outpaint":
+            where: dict[str, Any] = {
+                "margins": [f"{each.value:g}" + " of the side" * each.share for each in self.margins],
+                "canvas": self.canvas,
+                "window": self.window,
+                "overlap": self.overlap,
+            }
+        else:
+            where = {
+                "boxes": [asdict(each) for each in self.boxes],
+                "mask": None if self.mask is None else str(self.mask),
+                "invert": self.invert,
+                "context": self.context,
+            }
+        return {"edit": self.kind, **where}
 
 
 def edit(
@@ -131,6 +148,14 @@ def edit(
             min=0, rich_help_panel=REGION_PANEL, help="What the model sees around it, in its sides' lengths."
         ),
     ] = 0.5,
+    erase: Annotated[
+        bool | None,
+        typer.Option(
+            "--erase/--no-erase",
+            rich_help_panel=REGION_PANEL,
+            help="Hide what is there now from the model. [default: where all of it is drawn anew]",
+        ),
+    ] = None,
     left: Annotated[str, typer.Option(rich_help_panel=OUTPAINT_PANEL, help="Pixels, or a share.")] = "0",
     right: Annotated[str, typer.Option(rich_help_panel=OUTPAINT_PANEL, help="Pixels, or a share.")] = "0",
     top: Annotated[str, typer.Option(rich_help_panel=OUTPAINT_PANEL, help="Pixels, or a share.")] = "0",
@@ -162,9 +187,13 @@ def edit(
         ),
     ] = None,
     keep_scales: Annotated[
-        int,
-        typer.Option(min=0, rich_help_panel=drawing.NEXT_SCALE_PANEL, help="First scales that stay whole."),
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            rich_help_panel=drawing.NEXT_SCALE_PANEL,
+            help="First scales that stay whole. [default: 1; 0 of whole pictures]",
+        ),
+    ] = None,
     variations: Annotated[int, typer.Option(min=1, help="Of each picture.")] = 4,
     match_colours: Annotated[
         bool, typer.Option(" /--no-match-colours", help="Leave the tokenizer's shift of colours in.")
@@ -224,12 +253,15 @@ def edit(
     painter = ModelPainter(
         model.to(place), codec.to(place), conditions, settings, chosen, seed=seed, precision=precision
     )
+    if erase is None:
+        erase = chosen.strength == 1 and chosen.keep_scales <= KEPT and not request.whole
     about = {
         "checkpoint": str(source.folder),
         "weights": weights or source.weights[-1],
         "tokenizer_hash": source.tokenizer_hash or codec.fingerprint(),
         **request.describe(),
         **asdict(chosen),
+        "erase": erase,
         "match_colours": match_colours,
         "seed": seed,
         **(conditions.describe() if conditions else {}),
@@ -352,7 +384,7 @@ def check_condition(
 
 
 def edit_settings(
-    checkpoint: "Checkpoint", request: Request, strength: float | None, keep_scales: int
+    checkpoint: "Checkpoint", request: Request, strength: float | None, keep_scales: int | None
 ) -> "EditSettings":
     """How much is drawn anew.
 
@@ -363,19 +395,19 @@ def edit_settings(
     from hmar_cli.settings import Msvq
 
     tokenizer = checkpoint.recipe.tokenizer
-    if keep_scales:
-        if not isinstance(tokenizer, Msvq):
-            raise UserError(f"{checkpoint.folder} has no scales to keep", "use --strength instead")
-        if keep_scales >= len(tokenizer.scales):
-            most = len(tokenizer.scales) - 1
-            raise UserError(
-                f"--keep-scales {keep_scales}: {checkpoint.folder} has {most + 1} scales",
-                f"keep at most {most}",
-            )
+    most = len(tokenizer.scales) - 1 if isinstance(tokenizer, Msvq) else 0
+    if keep_scales and not most:
+        raise UserError(f"{checkpoint.folder} has no scales to keep", "use --strength instead")
+    if keep_scales is not None and keep_scales > most:
+        raise UserError(
+            f"--keep-scales {keep_scales}: {checkpoint.folder} has {most + 1} scales", f"keep at most {most}"
+        )
     if strength is None:
         strength = WHOLE_STRENGTH if request.whole and not keep_scales else 1.0
     if strength == 0:
         raise UserError("--strength 0 would change nothing", "give a number above 0, up to 1")
+    if keep_scales is None:
+        keep_scales = min(most, 0 if request.whole else KEPT)
     return EditSettings(strength=strength, keep_scales=keep_scales)
 
 
@@ -445,10 +477,6 @@ class Run:
         Raises:
             UserError: pictures that could not be edited.
         """
-        from hmar_cli.console import console
-
-        if line := self.painter.select_attention(self.together):
-            console.print(line, highlight=False)
         return self._each(files, self._edit_one)
 
     def look(self, files: dict[str, Path]) -> list[dict[str, Any]]:
@@ -482,15 +510,16 @@ class Run:
         self._claim(name, path, plan)
         targets = [self.out / f"{name}-{i:03d}.png" for i in range(self.variations)]
         missing = [i for i, target in enumerate(targets) if not target.exists()]
+        if line := self.painter.select_attention(self.together):
+            console.print(line, highlight=False)
         start = time.perf_counter()
         with progress(f"editing {path.name}", len(missing) * len(plan.windows), "windows") as bar:
-            erase = self.painter.edit.strength == 1 and not self.painter.edit.keep_scales
             drawn = edit_picture(
                 plan,
                 self.painter,
                 missing,
                 match=self.about["match_colours"],
-                erase=erase,
+                erase=self.about["erase"],
                 together=self.together,
                 advance=bar.advance,
             )
@@ -540,7 +569,7 @@ class Run:
         from hmar_cli.report import save_png
 
         plan = plan_for(self.request, read_picture(path), path, self.painter.size)
-        views = window_views(plan, self.painter)
+        views = window_views(plan, self.painter, erase=self.about["erase"])
         target = self.out / f"{name}-region.png"
         save_png(preview(plan, views), target)
         described = _described(plan, path)

@@ -14,13 +14,21 @@ from PIL import Image, ImageDraw
 from hmar_cli.pictures.compositing import fit, match_colours, paste
 from hmar_cli.pictures.picture import LIMIT, Picture, Pixels
 from hmar_cli.pictures.regions import Room, bounds, feathered, room_region
-from hmar_cli.pictures.windows import CONTEXT, Window, view_image, view_region, walk, window_around
+from hmar_cli.pictures.windows import (
+    CONTEXT,
+    Window,
+    view_image,
+    view_region,
+    walk,
+    window_around,
+    without_slivers,
+)
 from hmar_cli.report import image_grid
 
 Floats = npt.NDArray[np.float32]
 
 TILE = 320
-"""Longest side of a picture on a sheet, in pixels; smaller ones are enlarged to about that."""
+"""Longest side of a picture on a sheet, in pixels, of a wide one three times that; smaller ones are enlarged."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,7 @@ def _draw_window(
     region = view_region(todo, window, model)
     hidden = _hidden(plan, region, window, erase)
     images = np.stack([view_image(canvas, window, model, hidden) for canvas in canvases])  # [B, h, w, 3]
+    region = without_slivers(region, painter.token)
     drawn = painter.paint(images, region, numbers, step)
     weight = feathered(todo[place], plan.feather)
     (above, _), (before, _) = window.padding(size)
@@ -252,18 +261,24 @@ def sheet(plan: Plan, again: Picture, variations: Iterable[Picture]) -> Image.Im
     tiles = [_tile(plan.canvas), shown_region(plan), _tile(again), *drawn]
     names = [f"variation {i}" for i in range(len(drawn))]
     captions = ["input", f"region, feather {plan.feather}", "tokenizer's reconstruction", *names]
-    columns = 1 if tiles[0].shape[1] > 2 * tiles[0].shape[0] else 0
+    columns = 1 if _wide(plan.canvas) else 0
     return image_grid(tiles, columns, captions=captions)
+
+
+def _wide(picture: Picture) -> bool:
+    """Whether a picture gets a row of a sheet to itself."""
+    return picture.size[1] > 2 * picture.size[0]
 
 
 def _tile(picture: Picture) -> Pixels:
     """A small copy [H, W, 3] for a sheet, enlarged by a whole factor where the picture itself is small."""
     height, width = picture.size
+    side = 3 * TILE if _wide(picture) else TILE
     image = Image.fromarray(picture.seen(slice(None), slice(None)))
-    if max(height, width) > TILE:
-        image.thumbnail((TILE, TILE), Image.Resampling.BOX)
+    if max(height, width) > side:
+        image.thumbnail((side, side), Image.Resampling.BOX)
         return np.asarray(image)
-    factor = TILE // max(height, width)
+    factor = side // max(height, width)
     return np.asarray(image.resize((width * factor, height * factor), Image.Resampling.NEAREST))
 
 
@@ -290,14 +305,17 @@ def _tinted(image: Pixels, share: npt.NDArray[np.floating], colour: tuple[int, i
     return tinted
 
 
-def window_views(plan: Plan, painter: Painter) -> list[tuple[Window, Pixels, Sequence[TokenView]]]:
+def window_views(
+    plan: Plan, painter: Painter, *, erase: bool = False
+) -> list[tuple[Window, Pixels, Sequence[TokenView]]]:
     """Each window with its image [h, w, 3] as it is before anything is drawn, and its region on the token grids."""
     todo = plan.region.copy()
     found = []
     for window in plan.windows:
         region = view_region(todo, window, painter.size)
-        image = view_image(plan.canvas, window, painter.size, _hidden(plan, region, window, False))
-        found.append((window, image, painter.views(region)))
+        hidden = _hidden(plan, view_region(plan.region, window, painter.size), window, erase)
+        image = view_image(plan.canvas, window, painter.size, hidden)
+        found.append((window, image, painter.views(without_slivers(region, painter.token))))
         if plan.blank:
             todo[window.inside(plan.canvas.size)] = 0
     return found

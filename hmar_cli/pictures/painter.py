@@ -88,14 +88,15 @@ class ModelPainter:
     ) -> None:
         self.model, self.tokenizer, self.settings, self.edit = model, tokenizer, settings, edit
         self.conditions = conditions or Unconditional(model)
-        self.seed, self.precision = seed, precision
+        self.seed, self.precision, self.settled = seed, precision, False
         self.size, self.token = model_size(model, tokenizer), tokenizer.stride
         self.device = next(model.parameters()).device
 
     def select_attention(self, together: int) -> str:
-        """Settle which implementation of attention runs; a line that says so, empty for MAR and Hi-MAR."""
-        if not isinstance(self.model, NextScaleTransformer):
+        """Settle which implementation of attention runs; a line that says so, empty if there is nothing to settle."""
+        if self.settled or not isinstance(self.model, NextScaleTransformer):
             return ""
+        self.settled = True
         rows = together * (2 if self.settings.cfg else 1)
         bf16 = resolve_precision(self.device, self.precision) == "bf16"
         dtype = torch.bfloat16 if bf16 else self.model.pos_embed.dtype
@@ -135,5 +136,5 @@ class ModelPainter:
 
     def _tensor(self, images: Pixels) -> Tensor:
         """[B, h, w, 3] uint8 as [B, 3, h, w] in [-1, 1]."""
-        tensor = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+        tensor = torch.from_numpy(np.array(images)).to(self.device)
         return tensor.permute(0, 3, 1, 2).float().div(127.5).sub(1.0)

@@ -155,6 +155,25 @@ def view_region(region: Pixels, window: Window, model: tuple[int, int]) -> npt.N
     return shares
 
 
+def without_slivers(region: npt.NDArray[np.float32], token: int) -> npt.NDArray[np.float32]:
+    """A region without the tokens of which only a small part lies in it, for the model.
+
+    A token is drawn whole, and what it stands for outside the region is lost to the model: drawn for a sliver's sake,
+    it takes away what the rest should agree with. Tokens stay with at least half of the largest share that any has.
+
+    Args:
+        region: [h, w], a multiple of `token` each.
+        token: pixels along a token's side.
+
+    Returns:
+        [h, w], zeros in the tokens that are left out.
+    """
+    rows, columns = region.shape[0] // token, region.shape[1] // token
+    shares = region.reshape(rows, token, columns, token).mean(axis=(1, 3))  # of each token
+    enough = (shares >= shares.max() / 2).repeat(token, axis=0).repeat(token, axis=1)
+    return np.where(enough, region, np.float32(0))
+
+
 def view_image(
     picture: Picture, window: Window, model: tuple[int, int], unknown: npt.NDArray[np.bool_]
 ) -> Pixels:
