@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hmar_cli.commands import eval_edits
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -176,3 +177,6 @@ def scene_prompts(
     if chosen is None:
         raise UserError(f"--split {split}: expected {', '.join(SPLITS)}", "all is the default")
     print("\n".join(prompts(count, seed=seed, split=chosen)))
+
+
+eval_edits.register(app)

@@ -226,6 +226,34 @@ def _hidden(plan: Plan, region: Floats, window: Window, erase: bool) -> npt.NDAr
     return hidden & ~hidden.all()
 
 
+def fill_region(
+    pictures: Pixels,
+    region: Pixels,
+    painter: Painter,
+    numbers: Sequence[int],
+    *,
+    match: bool = True,
+    erase: bool = False,
+) -> Pixels:
+    """Draw one region of several pictures of the model's size anew, as `edit_picture` does with a feather of 0.
+
+    Args:
+        pictures: [B, h, w, 3] uint8.
+        region: [h, w] uint8, for all of them.
+        painter: the model.
+        numbers: of the variations, one a picture.
+        match: remove shifts of colour as they show around the region.
+        erase: hide what is in the region now from the model, too.
+
+    Returns:
+        [B, h, w, 3] uint8.
+    """
+    canvases = [Picture(each.copy()) for each in pictures]
+    plan = plan_region(canvases[0], region, painter.size, feather=0)
+    _draw_window(plan, painter, canvases, region, numbers, 0, match, erase)
+    return np.stack([np.asarray(canvas.colour, np.uint8) for canvas in canvases])
+
+
 def reconstruction(plan: Plan, painter: Painter) -> Picture:
     """What the tokenizer makes of the picture, in the window of a region, or in one around the middle of the rest."""
     canvas, size = plan.canvas.copy(), plan.canvas.size

@@ -1,0 +1,299 @@
+"""`hmar eval edits`: measure how well a model fills regions of pictures that it has never seen."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from hmar_cli.commands import drawing
+from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hmar_cli.checkpoints.store import Checkpoint
+    from hmar_cli.data.transforms import Pixels
+    from hmar_cli.evaluation.edits import Fill, HeldOut, Report
+    from hmar_cli.pictures.painter import ModelPainter
+    from hmar_cli.sampling.editing import EditSettings
+    from hmar_cli.sampling.images import Conditions
+
+EXAMPLES = """
+Measure how well a model fills regions of pictures that it has never seen, as `hmar edit --inpaint` would.
+
+Of every picture of SOURCE, scaled and centre-cropped to the model's size, three regions are filled: `centre` (the
+middle half of each side), `half` (the right half) and `free-form` (random strokes). The original is the answer.
+PSNR within the region and the distance of a classifier's features between the filled picture and the original are
+means over pictures; `FD[...]` is the Fréchet distance of the set, `class` the share of pictures whose class the
+classifier still finds.
+
+Beside the model stand what its tokenizer makes of the originals (no model can do much better), a smooth continuation
+of what is kept, its mean colour, and the same region of another picture (chance). Images and masks depend on SOURCE
+and the seed alone, so that models compare; distances compare where the classifier is the same.
+
+**Examples**
+
+- `hmar eval edits "builtin:shapes?seed=1" --checkpoint runs/hmar-masked --extractor runs/classifier-tiny`
+- `hmar eval edits cifar10-test.parquet --checkpoint runs/himar --extractor runs/classifier-cifar10 --labels none`
+- `hmar eval edits photos/ --checkpoint runs/hmar-masked --extractor runs/classifier --schedule none --grid fills.png`
+"""
+
+MODEL, TOKENIZER = "model", "tokenizer"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `hmar eval`."""
+    app.command("edits", help=EXAMPLES)(edits)
+
+
+def edits(
+    source: Annotated[str, typer.Argument(help="Source of images.", show_default=False)],
+    checkpoint: drawing.Checkpoint,
+    extractor: Annotated[Path, typer.Option(help="Checkpoint of a classifier.", show_default=False)],
+    count: Annotated[int, typer.Option(min=2, help="Of the source's first images.")] = 300,
+    labels: Annotated[
+        Literal["given", "none"], typer.Option(help="The picture's own class, or text; or none.")
+    ] = "given",
+    strength: Annotated[float, typer.Option(min=0, max=1, help="As of `hmar edit`, above 0.")] = 1.0,
+    keep_scales: Annotated[
+        int | None,
+        typer.Option(min=0, rich_help_panel=drawing.NEXT_SCALE_PANEL, help="As of `hmar edit`. [default: 1]"),
+    ] = None,
+    erase: Annotated[
+        bool | None, typer.Option("--erase/--no-erase", help="As of `hmar edit`, with its default.")
+    ] = None,
+    match_colours: Annotated[
+        bool, typer.Option(" /--no-match-colours", help="Leave the tokenizer's shift of colours in.")
+    ] = True,
+    grid: Annotated[Path | None, typer.Option(help="PNG file for some pictures and their fills.")] = None,
+    shown: Annotated[int, typer.Option(min=1, max=64, help="Pictures of each mask in it.")] = 6,
+    text_weights: drawing.TextWeights = None,
+    seed: drawing.Seed = 0,
+    cfg: drawing.Cfg = None,
+    top_k: drawing.TopK = None,
+    top_p: drawing.TopP = None,
+    schedule: drawing.SchedulePasses = "recipe",
+    refine_cfg: drawing.RefineCfg = None,
+    steps: drawing.Steps = None,
+    pivot_steps: drawing.PivotSteps = None,
+    pivot_cfg: drawing.PivotCfg = None,
+    cfg_schedule: drawing.CfgSchedule = None,
+    pivot_cfg_schedule: drawing.PivotCfgSchedule = None,
+    temperature: drawing.Temperature = None,
+    head_sampler: drawing.HeadSampler = None,
+    head_steps: drawing.HeadSteps = None,
+    pivot_head_steps: drawing.PivotHeadSteps = None,
+    batch_size: drawing.BatchSize = 0,
+    weights: drawing.Weights = "",
+    tokenizer: drawing.Tokenizer = None,
+    device: drawing.Device = "",
+    precision: drawing.Precision = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every setting.")] = False,
+) -> None:
+    """Measure fills; the help text is `EXAMPLES`."""
+    given = drawing.given_settings(locals())
+    from hmar_cli.checkpoints.store import open_checkpoint
+    from hmar_cli.commands.edit import edit_settings
+    from hmar_cli.launch import check_device
+
+    check_device(device)
+    opened = open_checkpoint(checkpoint)
+    settings = drawing.resolve(opened, given)
+    chosen = edit_settings(opened, _some_region(), strength, keep_scales)
+    if labels == "none" and (
+        guides := [name for name in ("cfg", "pivot_cfg", "refine_cfg") if name in given]
+    ):
+        raise UserError(
+            f"--{guides[0].replace('_', '-')} guides towards a class, and --labels is none", "leave one out"
+        )
+    import torch
+
+    from hmar_cli.builders import load_classifier, load_model
+    from hmar_cli.data.sources import open_source
+    from hmar_cli.evaluation.edits import measure_fills, read_held_out, yardsticks
+    from hmar_cli.pictures.painter import ModelPainter, without_condition
+    from hmar_cli.sampling.editing import model_size
+
+    model, codec, _ = load_model(checkpoint, weights, tokenizer)
+    network, judge = load_classifier(extractor)
+    size = model_size(model, codec)
+    held_out = read_held_out(open_source(source, size=size), size, count)
+    conditions = None if labels == "none" else own_conditions(opened, held_out, text_weights)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    painter = ModelPainter(
+        model.to(place),
+        codec.to(place),
+        conditions,
+        settings if conditions else without_condition(settings),
+        chosen,
+        seed=seed,
+        precision=precision,
+    )
+    erased = _erases(chosen) if erase is None else erase
+    together = batch_size or opened.recipe.sample.batch_size
+    _say_what_is_left_out(held_out, painter.select_attention(together))
+    report = measure_fills(
+        network.to(place),
+        judge.class_names,
+        held_out,
+        {**model_fills(painter, match_colours, erased), **yardsticks(held_out, seed)},
+        size=judge.recipe.data.size,
+        seed=seed,
+        batch_size=together,
+        shown=shown if grid else 0,
+    )
+    if grid:
+        save_grid(report, held_out, seed, grid)
+    name = f"FD[{judge.recipe.name}]-{len(held_out.pixels)}"
+    if not as_json:
+        print_report(name, report, held_out)
+        return
+    about = {
+        "metric": name,
+        "checkpoint": str(opened.folder),
+        "recipe": opened.recipe.name,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "weights": weights or opened.weights[-1],
+        "tokenizer_hash": opened.tokenizer_hash or codec.fingerprint(),
+        "labels": labels,
+        **asdict(chosen),
+        "erase": erased,
+        "match_colours": match_colours,
+        "seed": seed,
+        **{key: value for key, value in asdict(painter.settings).items() if key != "batch_size"},
+        "precision": painter.precision,
+        "batch_size": together,
+        "device": str(place),
+        **describe_extractor(judge),
+        **describe_report(report, held_out),
+    }
+    print(json.dumps(about, indent=2, ensure_ascii=False))
+
+
+def describe_extractor(judge: "Checkpoint") -> dict[str, Any]:
+    """The classifier, for the record."""
+    about = {
+        "checkpoint": str(judge.folder),
+        "recipe": judge.recipe.name,
+        "weights": "ema" if "ema" in judge.weights else "model",
+        "fingerprint": judge.tokenizer_hash,
+        "size": judge.recipe.data.size,
+        "crop": "adm",
+    }
+    return {"extractor": about}
+
+
+def describe_report(report: "Report", held_out: "HeldOut") -> dict[str, Any]:
+    """What was found of which pictures, for the record."""
+    return {
+        "source": held_out.source,
+        "count": len(held_out.pixels),
+        "unreadable": held_out.unreadable,
+        **({"originals_right": report.right} if report.labelled else {}),
+        "region": report.shares,
+        "rows": [row.describe(report.labelled) for row in report.rows],
+    }
+
+
+def _some_region() -> Any:
+    """A request for a region within a picture, for `hmar edit`'s defaults."""
+    from hmar_cli.commands.edit import read_request
+
+    return read_request("inpaint", ["0.25,0.25,0.75,0.75"], None, False, ["0"] * 4, "", 0.5, 0, 0.5, None)
+
+
+def _erases(chosen: "EditSettings") -> bool:
+    """What `hmar edit` does by default with a region within a picture."""
+    from hmar_cli.commands.edit import KEPT
+
+    return chosen.strength == 1 and chosen.keep_scales <= KEPT
+
+
+def _say_what_is_left_out(held_out: "HeldOut", attention: str) -> None:
+    from hmar_cli.console import console
+
+    if attention:
+        console.print(attention, highlight=False)
+    if held_out.unreadable:
+        left_out = f"left out {held_out.unreadable} images of {held_out.source}; {held_out.error}"
+        console.print(f"[yellow]warning:[/] {left_out}", highlight=False)
+
+
+def own_conditions(checkpoint: "Checkpoint", held_out: "HeldOut", text_weights: Path | None) -> "Conditions":
+    """The class of each picture, or its text for a model that reads texts.
+
+    Raises:
+        UserError: the model does not know a class, or pictures come without texts.
+    """
+    text = drawing.text_settings(checkpoint, text_weights)
+    if text is not None:
+        if not all(held_out.captions):
+            raise UserError(f"{held_out.source} has pictures without captions", "use --labels none")
+        return drawing.conditions_for(text, [], list(held_out.captions))
+    known = {name: place for place, name in enumerate(checkpoint.class_names)}
+    if unknown := [name for name in held_out.class_names if name not in known]:
+        raise UserError(
+            f"{checkpoint.folder} knows no class {unknown[0]!r}, which {held_out.source} has",
+            "use --labels none",
+        )
+    classes = [known[held_out.class_names[label]] for label in held_out.labels]
+    return drawing.conditions_for(None, classes, [])
+
+
+def model_fills(painter: "ModelPainter", match: bool, erase: bool) -> "dict[str, Fill]":
+    """What the model draws, what its tokenizer makes of the originals, and a continuation of what is kept."""
+    import numpy as np
+
+    from hmar_cli.pictures.compositing import extend
+    from hmar_cli.pictures.editing import fill_region
+
+    def model(numbers: Sequence[int], pictures: "Pixels", region: "Pixels") -> "Pixels":
+        return fill_region(pictures, region, painter, numbers, match=match, erase=erase)
+
+    def tokenizer(numbers: Sequence[int], pictures: "Pixels", region: "Pixels") -> "Pixels":
+        return np.stack([painter.reconstruct(picture) for picture in pictures])
+
+    def smooth(numbers: Sequence[int], pictures: "Pixels", region: "Pixels") -> "Pixels":
+        filled = np.stack([extend(picture.astype(np.float32), region == 0) for picture in pictures])
+        rounded: Pixels = filled.round().clip(0, 255).astype(np.uint8)
+        return rounded
+
+    return {MODEL: model, TOKENIZER: tokenizer, "smooth continuation": smooth}
+
+
+def save_grid(report: "Report", held_out: "HeldOut", seed: int, target: Path) -> None:
+    """Write original, region and fills of the first pictures, a row for each picture and mask."""
+    import numpy as np
+
+    from hmar_cli.evaluation.edits import MASKS, region_of
+    from hmar_cli.report import image_grid, save_png
+
+    tiles, captions = [], []
+    fills = [row.fill for row in report.rows if row.mask == MASKS[0]]
+    for mask in MASKS:
+        rows = [row for row in report.rows if row.mask == mask]
+        for number in range(len(rows[0].shown)):
+            original = held_out.pixels[number]
+            region = region_of(mask, original.shape[:2], seed, number)[..., None]
+            hidden = np.where(region > 0, np.uint8(128), original)
+            tiles += [original, hidden, *(row.shown[number] for row in rows)]
+            captions += ["original", mask, *fills] if number == 0 else [""] * (2 + len(fills))
+    save_png(image_grid(tiles, 2 + len(fills), captions=captions), target)
+
+
+def print_report(name: str, report: "Report", held_out: "HeldOut") -> None:
+    """Print a table for people."""
+    count = len(held_out.pixels)
+    width = max(len(name), 8)
+    head = f"{'region':10} {'filled by':20} {'PSNR':>6} {'distance':>9} {name:>{width}}"
+    print(head + f" {'class':>7}" * report.labelled)
+    for row in report.rows:
+        about = row.describe(report.labelled)
+        line = f"{row.mask:10} {row.fill:20} {about['psnr']:6.2f} {about['distance']:9.4g}"
+        line += f" {row.frechet:{width}.4g}"
+        print(line + (f" {about['accuracy']:7.1%}" if report.labelled else ""))
+    shares = ", ".join(f"{mask} {share:.0%}" for mask, share in report.shares.items())
+    print(f"{count} images of {held_out.source}; regions cover: {shares}")
+    if report.labelled:
+        print(f"class of the originals: {report.right / count:.1%}")

@@ -1,0 +1,315 @@
+"""How well regions of held-out pictures are filled: a model beside fills that know less, or more.
+
+A fill gets a picture and a region of it; what it puts there is judged against the original. Outside the region every
+filled picture is the original, to the bit. Images and masks depend on the source and the seed alone, so that numbers
+of several models compare.
+
+Letters: N pictures, B of a batch, H W rows and columns, F features.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from hmar_cli.console import progress
+from hmar_cli.data.images import ImageSource
+from hmar_cli.data.transforms import Pixels, image_transform, to_tensor
+from hmar_cli.errors import UserError
+from hmar_cli.evaluation.frechet import FeatureStatistics, frechet_distance
+from hmar_cli.models.classifier import ImageClassifier
+from hmar_cli.models.scales import Side
+
+MASKS = ("centre", "half", "free-form")
+"""Regions: the middle half of each side, the right half, and random strokes, others for every picture."""
+
+HIGHEST = 60.0
+"""PSNR in dB that counts where a fill is the original, or next to it."""
+
+STROKES = 256
+"""Shorter side of the canvas on which strokes are drawn, for regions that are alike at every size."""
+
+Fill = Callable[[Sequence[int], Pixels, Pixels], Pixels]
+"""Of the numbers of B pictures, the pictures [B, H, W, 3] and a region [H, W] (255 or 0): pictures [B, H, W, 3]."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Pictures that no model saw in training.
+
+    Attributes:
+        source: its spelling.
+        pixels: [N, H, W, 3].
+        labels: N places in `class_names`.
+        class_names: one name a label.
+        captions: N texts, empty where there is none.
+        unreadable: images of the source that could not be read, and are not among the N.
+        error: why the first of them could not.
+    """
+
+    source: str
+    pixels: Pixels
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+    captions: tuple[str, ...]
+    unreadable: int = 0
+    error: str = ""
+
+
+def read_held_out(source: ImageSource, size: Side, count: int) -> HeldOut:
+    """Read the first pictures of a source, scaled and centre-cropped to the size of a model as ADM does.
+
+    Raises:
+        UserError: fewer than two that can be read.
+    """
+    cut, rng = image_transform(size, "adm", train=False), np.random.default_rng(0)  # which cuts the middle
+    examples = list(source.read(0, count))
+    good = [(each, each.image) for each in examples if each.image is not None]
+    bad = [f"image {each.index}: {each.error}" for each in examples if each.image is None]
+    if len(good) < 2:
+        raise UserError(
+            f"{source.name} has {len(good)} images that can be read; a measurement needs 2 or more",
+            bad[0] if bad else "give more images",
+        )
+    return HeldOut(
+        source=source.name,
+        pixels=np.stack([cut(image, rng) for _, image in good]),
+        labels=tuple(each.label for each, _ in good),
+        class_names=source.class_names,
+        captions=tuple(each.caption for each, _ in good),
+        unreadable=len(bad),
+        error=bad[0] if bad else "",
+    )
+
+
+def region_of(mask: str, size: tuple[int, int], seed: int, number: int) -> Pixels:
+    """The region of picture `number` by the name of its mask: [H, W] uint8, 255 where it is filled, else 0.
+
+    Only "free-form" depends on seed and number.
+
+    Raises:
+        ValueError: a mask that is none of `MASKS`.
+    """
+    if mask not in MASKS:
+        raise ValueError(f"expected a mask of {MASKS}, got {mask!r}")
+    if mask == "free-form":
+        return _strokes(size, np.random.default_rng([seed, number]))
+    (height, width), region = size, np.zeros(size, np.uint8)
+    if mask == "centre":
+        region[height // 4 : height - height // 4, width // 4 : width - width // 4] = 255
+    else:
+        region[:, width // 2 :] = 255
+    return region
+
+
+def _strokes(size: tuple[int, int], rng: np.random.Generator) -> Pixels:
+    """Thick bent strokes until they cover 15 to 40 % of the picture, or a little more."""
+    factor = STROKES / min(size)
+    height, width = (round(side * factor) for side in size)
+    canvas, wanted = Image.new("L", (width, height)), rng.uniform(0.15, 0.4)
+    pen = ImageDraw.Draw(canvas)
+    while np.asarray(canvas).mean() < 255 * wanted:
+        x, y = rng.uniform(0, width), rng.uniform(0, height)
+        angle, thick = rng.uniform(0, 2 * math.pi), rng.uniform(0.06, 0.14) * STROKES
+        for _ in range(rng.integers(2, 6)):
+            angle += rng.uniform(-1.2, 1.2)
+            length = rng.uniform(0.1, 0.3) * STROKES
+            ahead = x + length * math.cos(angle), y + length * math.sin(angle)
+            pen.line([(x, y), ahead], 255, round(thick))
+            x, y = (min(max(v, 0.0), float(most)) for v, most in zip(ahead, (width, height), strict=True))
+            pen.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), 255)
+    small = np.asarray(canvas.resize((size[1], size[0]), Image.Resampling.BOX))
+    region: Pixels = np.where(small >= 128, np.uint8(255), np.uint8(0))
+    return region
+
+
+def yardsticks(held_out: HeldOut, seed: int) -> dict[str, Fill]:
+    """Fills that know nothing of what pictures look like.
+
+    "mean colour" fills with the mean of what is kept. "another picture" fills with the same region of a picture that
+    seed and number choose among the others: what chance would do.
+    """
+
+    def mean_colour(numbers: Sequence[int], pictures: Pixels, region: Pixels) -> Pixels:
+        means = pictures[:, region == 0].mean(axis=1).round()  # [B, 3]
+        return np.broadcast_to(means[:, None, None].astype(np.uint8), pictures.shape)
+
+    def another_picture(numbers: Sequence[int], pictures: Pixels, region: Pixels) -> Pixels:
+        return held_out.pixels[[_other(number, len(held_out.pixels), seed) for number in numbers]]
+
+    return {"mean colour": mean_colour, "another picture": another_picture}
+
+
+def _other(number: int, count: int, seed: int) -> int:
+    """One of `count` pictures, each but `number` with the same chance."""
+    place = int(np.random.default_rng([seed, number, 1]).integers(count - 1))
+    return place + (place >= number)
+
+
+def psnr(filled: Pixels, original: Pixels, region: Pixels) -> float:
+    """Peak signal-to-noise ratio in dB of [H, W, 3] within the region [H, W], at most `HIGHEST`."""
+    inside = region > 0
+    error = np.square(filled[inside].astype(np.float64) - original[inside]).mean()
+    return 10 * math.log10(255**2 / max(error, 255**2 * 10 ** (-HIGHEST / 10)))
+
+
+@dataclass
+class Row:
+    """What one fill does with one mask.
+
+    Attributes:
+        mask: of `MASKS`.
+        fill: its name.
+        psnrs: of each picture.
+        distances: Euclidean distance of each filled picture's features from those of the original.
+        frechet: Fréchet distance of the filled pictures' features from those of the originals.
+        right: pictures that the classifier assigns to their own class; counts where it knows all classes.
+        seconds: that filling took.
+        shown: the first filled pictures.
+    """
+
+    mask: str
+    fill: str
+    psnrs: list[float] = field(default_factory=list)
+    distances: list[float] = field(default_factory=list)
+    frechet: float = 0.0
+    right: int = 0
+    seconds: float = 0.0
+    shown: list[Pixels] = field(default_factory=list)
+
+    def describe(self, labelled: bool) -> dict[str, Any]:
+        """The row as JSON has it: means with their standard errors."""
+        count = len(self.psnrs)
+        found: dict[str, Any] = {"mask": self.mask, "fill": self.fill}
+        for name, values in (("psnr", self.psnrs), ("distance", self.distances)):
+            found[name] = float(np.mean(values))
+            found[f"{name}_error"] = float(np.std(values, ddof=1) / math.sqrt(count))
+        found["frechet"] = self.frechet
+        if labelled:
+            found |= {"right": self.right, "accuracy": self.right / count}
+        return {**found, "seconds": round(self.seconds, 3)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, and what holds for all.
+
+    Attributes:
+        rows: mask by mask, each with the fills in their order.
+        labelled: whether each class of the pictures is one of the classifier's.
+        right: originals that the classifier assigns to their own class, if so.
+        shares: mean share of the picture that a mask covers, by its name.
+    """
+
+    rows: list[Row]
+    labelled: bool
+    right: int
+    shares: dict[str, float]
+
+
+class _Judge:
+    """A classifier's look at pictures, with the originals' features at hand."""
+
+    def __init__(
+        self,
+        network: ImageClassifier,
+        class_names: Sequence[str],
+        held_out: HeldOut,
+        size: Side,
+        batch_size: int,
+    ) -> None:
+        self.network, self.device = network, next(network.parameters()).device
+        self.cut, self.rng = image_transform(size, "adm", train=False), np.random.default_rng(0)
+        places = {name: place for place, name in enumerate(class_names)}
+        named = [places.get(name, -1) for name in held_out.class_names]
+        self.labelled = min(named) >= 0
+        self.labels = torch.tensor([named[label] for label in held_out.labels])
+        self.statistics = FeatureStatistics()
+        count = len(held_out.pixels)
+        batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+        looks = [self.look(each, held_out.pixels[each.start : each.stop]) for each in batches]
+        self.features = torch.cat([features for features, _ in looks])  # [N, F]
+        self.right = sum(right for _, right in looks)
+        self.statistics.add(self.features)
+
+    def look(self, numbers: Sequence[int], pictures: Pixels) -> tuple[torch.Tensor, int]:
+        """Features [B, F], and how many pictures are assigned to their class."""
+        if pictures.shape[1:3] != self.cut.size:
+            pictures = np.stack([self.cut(Image.fromarray(each), self.rng) for each in pictures])
+        features = self.network.features(to_tensor(pictures).to(self.device))
+        named = self.network.head(features).argmax(dim=1).cpu()
+        return features.double().cpu(), int((named == self.labels[list(numbers)]).sum())
+
+
+@torch.inference_mode()
+def measure_fills(
+    network: ImageClassifier,
+    class_names: Sequence[str],
+    held_out: HeldOut,
+    fills: Mapping[str, Fill],
+    *,
+    size: Side,
+    seed: int = 0,
+    batch_size: int = 32,
+    shown: int = 0,
+) -> Report:
+    """Fill every mask of every picture in every way, and judge the results; a bar shows how far it is.
+
+    Args:
+        network: a classifier, in evaluation mode, on its device.
+        class_names: its classes.
+        held_out: the pictures.
+        fills: by their names.
+        size: to which pictures are scaled and centre-cropped for the classifier, as ADM does.
+        seed: of the free-form masks.
+        batch_size: pictures that are filled at once; free-form masks go one by one.
+        shown: of the first filled pictures that are kept.
+    """
+    judge, count = _Judge(network, class_names, held_out, size, batch_size), len(held_out.pixels)
+    rows, shares = [], {}
+    with progress("filling", len(MASKS) * len(fills) * count) as bar:
+        for mask in MASKS:
+            together = 1 if mask == "free-form" else batch_size
+            batches = [range(i, min(i + together, count)) for i in range(0, count, together)]
+            regions = [region_of(mask, held_out.pixels.shape[1:3], seed, batch[0]) for batch in batches]
+            shares[mask] = float(np.mean([region.mean() / 255 for region in regions]))
+            for name, fill in fills.items():
+                bar.note(f"{mask}, {name}")
+                rows.append(_measure(mask, name, fill, held_out, batches, regions, judge, bar.advance, shown))
+    return Report(rows, judge.labelled, judge.right, shares)
+
+
+def _measure(
+    mask: str,
+    name: str,
+    fill: Fill,
+    held_out: HeldOut,
+    batches: Sequence[range],
+    regions: Sequence[Pixels],
+    judge: _Judge,
+    advance: Callable[[int], None],
+    shown: int,
+) -> Row:
+    """Fill one mask of all pictures in one way."""
+    row, statistics = Row(mask, name), FeatureStatistics()
+    for batch, region in zip(batches, regions, strict=True):
+        originals = held_out.pixels[batch.start : batch.stop]  # [B, H, W, 3]
+        start = time.perf_counter()
+        drawn = fill(batch, originals, region)
+        row.seconds += time.perf_counter() - start
+        filled = np.where(region[None, :, :, None] > 0, drawn, originals)
+        row.psnrs += [psnr(a, b, region) for a, b in zip(filled, originals, strict=True)]
+        features, right = judge.look(batch, filled)
+        statistics.add(features)
+        row.distances += (features - judge.features[batch.start : batch.stop]).norm(dim=1).tolist()
+        row.right += right
+        row.shown += list(filled[: max(0, shown - batch.start)])
+        advance(len(batch))
+    ours, real = statistics, judge.statistics
+    row.frechet = frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
+    return row
