@@ -149,9 +149,7 @@ def view_region(region: Pixels, window: Window, model: tuple[int, int]) -> npt.N
     size = region.shape[0], region.shape[1]
     part = np.pad(region[window.inside(size)], window.padding(size), constant_values=255)
     means = _resized(part.astype(np.float32), model, Image.Resampling.BOX)
-    shares: npt.NDArray[np.float32] = (means / np.float32(255)).round(
-        5
-    )  # what is full is 1, whatever the rounding
+    shares: npt.NDArray[np.float32] = (means / np.float32(255)).round(5)  # 1 where all is, for all rounding
     return shares
 
 

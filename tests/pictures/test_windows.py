@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from hmar_cli.pictures.picture import Picture
-from hmar_cli.pictures.windows import Window, view_image, view_region, walk, window_around
+from hmar_cli.pictures.windows import Window, view_image, view_region, walk, window_around, without_slivers
 
 
 def random_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
@@ -103,6 +103,17 @@ def test_a_region_is_averaged_over_areas_and_is_everything_outside() -> None:
     one = np.zeros((3000, 3000), np.uint8)
     one[1500, 1500] = 255  # a pixel of a large picture is not lost
     assert (view_region(one, Window(0, 0, 3000, 3000), (16, 16)) > 0).sum() == 1
+
+
+def test_slivers_of_tokens_are_left_out() -> None:
+    region = np.zeros((8, 8), np.float32)
+    region[:5, 1:6] = 1  # of tokens of 4 pixels: 12/16, 8/16 | 3/16, 2/16
+    seen = without_slivers(region, 4)
+    assert (seen[:4] == region[:4]).all() and (seen[4:] == 0).all()
+    small = np.zeros((8, 8), np.float32)
+    small[3:5, 3:5] = 0.5  # a sixteenth of four tokens, but there is nothing larger
+    assert (without_slivers(small, 4) == small).all()
+    assert (without_slivers(np.ones((8, 8), np.float32), 4) == 1).all()
 
 
 def test_what_is_unknown_continues_its_surroundings() -> None:
