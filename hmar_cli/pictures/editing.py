@@ -133,10 +133,9 @@ def plan_room(
     region = room_region(room, picture.size)
     todo, windows = region.copy(), []
     for window in walk(room.size, inner, side, overlap):
-        part = todo[window.inside(room.size)]
-        if part.any():
+        if todo[window.inside(room.size)].any():
             windows.append(window)
-            part[:] = 0
+            todo[window.settled(room.size)] = 0
     canvas = picture.on_canvas(room.size, room.top, room.left)
     return Plan(canvas, region, tuple(windows), _feather(windows[0], feather), blank=True)
 
@@ -181,7 +180,7 @@ def edit_picture(
         for step, window in enumerate(plan.windows):
             _draw_window(plan, painter, canvases, todo, batch, step, match, erase)
             if plan.blank:
-                todo[window.inside(plan.canvas.size)] = 0
+                todo[window.settled(plan.canvas.size)] = 0
             advance(len(batch))
         yield from zip(batch, canvases, strict=True)
 
@@ -345,7 +344,7 @@ def window_views(
         image = view_image(plan.canvas, window, painter.size, hidden)
         found.append((window, image, painter.views(without_slivers(region, painter.token))))
         if plan.blank:
-            todo[window.inside(plan.canvas.size)] = 0
+            todo[window.settled(plan.canvas.size)] = 0
     return found
 
 

@@ -18,6 +18,9 @@ from hmar_cli.pictures.picture import Picture, Pixels
 CONTEXT = 0.5
 """Share of a region's sides that a window shows around it, on each side, where there is room."""
 
+RIM = 16
+"""A window's rim is this part of its sides."""
+
 LEAST_CONTEXT = 0.125
 """The same where the picture is too small for more."""
 
@@ -36,6 +39,24 @@ class Window:
         return (
             slice(max(0, self.top), max(0, min(size[0], self.top + self.height))),
             slice(max(0, self.left), max(0, min(size[1], self.left + self.width))),
+        )
+
+    def settled(self, size: tuple[int, int]) -> tuple[slice, slice]:
+        """The same without the rim, which a walk draws again where the canvas goes on.
+
+        A tokenizer's decoder is at its worst there: its convolutions see nothing beyond. Windows that overlap by a
+        quarter or more cover a canvas without their rims, too.
+        """
+        rows, columns = self.inside(size)
+        down, along = self.height // RIM, self.width // RIM
+        return (
+            slice(
+                rows.start + (down if rows.start > 0 else 0), rows.stop - (down if rows.stop < size[0] else 0)
+            ),
+            slice(
+                columns.start + (along if columns.start > 0 else 0),
+                columns.stop - (along if columns.stop < size[1] else 0),
+            ),
         )
 
     def padding(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

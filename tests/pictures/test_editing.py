@@ -146,7 +146,8 @@ def test_each_window_sees_what_was_drawn_before() -> None:
     drawn = np.random.default_rng([0, first]).uniform(0, 255, (16, 16, 3)).astype(np.float32)
     images, region, _, _ = painter.seen[second]
     assert (region[:, :8] == 0).all() and (region[:, 8:] == 1).all()
-    assert (images[0, :, :8] == drawn[:, 8:].round()).all()
+    assert (images[0, :, :7] == drawn[:, 8:15].round()).all()  # but for the rim, which is drawn again
+    assert (images[0, :, 7] != drawn[:, 15].round()).any()
 
 
 def test_what_is_erased_is_not_seen() -> None:

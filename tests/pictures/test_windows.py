@@ -68,7 +68,7 @@ def test_a_walk_covers_the_canvas_and_each_window_meets_what_is_known() -> None:
             place = window.inside((height, width))
             part = known[place]
             assert part.any()  # there is something to go on from
-            part[:] = True
+            known[window.settled((height, width))] = True
         assert known.all()
 
 
