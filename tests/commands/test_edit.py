@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from hmar_cli import report
 from hmar_cli.app import app
-from hmar_cli.builders import build_model, build_tokenizer
+from hmar_cli.builders import build_model, build_tokenizer, load_model
 from hmar_cli.checkpoints.store import save_checkpoint
 from hmar_cli.commands import edit as command
 from hmar_cli.pictures import picture as limits
-from hmar_cli.pictures.painter import ModelPainter
+from hmar_cli.pictures.painter import ModelPainter, without_condition
 from hmar_cli.recipe import load_recipe
+from hmar_cli.sampling.editing import EditSettings
 from hmar_cli.settings import KlObjective, MsvqObjective
 
 MSVQ = """
@@ -451,3 +452,18 @@ def test_pictures_that_cannot_be_read(world: Path, tmp_path: Path, monkeypatch: 
 
 def test_every_suffix_of_a_folder_is_one_that_can_be_opened() -> None:
     assert set(Image.registered_extensions()) >= command.SUFFIXES
+
+
+@pytest.mark.parametrize("name", ["hmar", "himar"])
+def test_windows_and_variations_have_random_numbers_of_their_own(world: Path, name: str) -> None:
+    model, tokenizer, checkpoint = load_model(world / name)
+    settings = without_condition(checkpoint.recipe.sample)  # type: ignore[arg-type]
+    painter = ModelPainter(model, tokenizer, None, settings, EditSettings(), seed=3)
+    images = np.full((2, 16, 16, 3), 90, np.uint8)
+    region = np.zeros((16, 16), np.float32)
+    region[:, 8:] = 1
+    first, again, other = (painter.paint(images, region, [4, 7], step) for step in (0, 0, 1))
+    assert (first == again).all()
+    assert np.abs(first - other).max() > 5 and np.abs(first[0] - first[1]).max() > 5
+    alone = painter.paint(images[:1], region, [7], 0)
+    assert np.abs(alone[0] - first[1]).max() < 0.1
