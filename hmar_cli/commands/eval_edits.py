@@ -26,7 +26,7 @@ Of every picture of SOURCE, scaled and centre-cropped to the model's size, three
 middle half of each side), `half` (the right half) and `free-form` (random strokes). The original is the answer.
 PSNR within the region and the distance of a classifier's features between the filled picture and the original are
 means over pictures; `FD[...]` is the Fréchet distance of the set, `class` the share of pictures whose class the
-classifier still finds.
+classifier still finds, and `seam` the mean step of colour across the region's edge, in levels of 0 to 255.
 
 Beside the model stand what its tokenizer makes of the originals (no model can do much better), a smooth continuation
 of what is kept, its mean colour, and the same region of another picture (chance). Images and masks depend on SOURCE
@@ -52,6 +52,7 @@ def edits(
     checkpoint: drawing.Checkpoint,
     extractor: Annotated[Path, typer.Option(help="Checkpoint of a classifier.", show_default=False)],
     count: Annotated[int, typer.Option(min=2, help="Of the source's first images.")] = 300,
+    masks: Annotated[str, typer.Option(help="Of centre, half and free-form, by commas. [default: all]")] = "",
     labels: Annotated[
         Literal["given", "none"], typer.Option(help="The picture's own class, or text; or none.")
     ] = "given",
@@ -98,6 +99,7 @@ def edits(
     from hmar_cli.launch import check_device
 
     check_device(device)
+    wanted = read_masks(masks)
     opened = open_checkpoint(checkpoint)
     settings = drawing.resolve(opened, given)
     chosen = edit_settings(opened, _some_region(), strength, keep_scales)
@@ -139,6 +141,7 @@ def edits(
         held_out,
         {**model_fills(painter, match_colours, erased), **yardsticks(held_out, seed)},
         size=judge.recipe.data.size,
+        masks=wanted,
         seed=seed,
         batch_size=together,
         shown=shown if grid else 0,
@@ -171,6 +174,20 @@ def edits(
     print(json.dumps(about, indent=2, ensure_ascii=False))
 
 
+def read_masks(text: str) -> tuple[str, ...]:
+    """Names of masks by commas; an empty text is all of them.
+
+    Raises:
+        UserError: one that there is not.
+    """
+    from hmar_cli.evaluation.edits import MASKS
+
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(","))) if text else MASKS
+    if unknown := [name for name in names if name not in MASKS]:
+        raise UserError(f"--masks {text}: no mask {unknown[0]!r}", f"there are {', '.join(MASKS)}")
+    return names
+
+
 def describe_extractor(judge: "Checkpoint") -> dict[str, Any]:
     """The classifier, for the record."""
     about = {
@@ -192,6 +209,7 @@ def describe_report(report: "Report", held_out: "HeldOut") -> dict[str, Any]:
         "unreadable": held_out.unreadable,
         **({"originals_right": report.right} if report.labelled else {}),
         "region": report.shares,
+        "originals_seam": report.seams,
         "rows": [row.describe(report.labelled) for row in report.rows],
     }
 
@@ -266,12 +284,12 @@ def save_grid(report: "Report", held_out: "HeldOut", seed: int, target: Path) ->
     """Write original, region and fills of the first pictures, a row for each picture and mask."""
     import numpy as np
 
-    from hmar_cli.evaluation.edits import MASKS, region_of
+    from hmar_cli.evaluation.edits import region_of
     from hmar_cli.report import image_grid, save_png
 
     tiles, captions = [], []
-    fills = [row.fill for row in report.rows if row.mask == MASKS[0]]
-    for mask in MASKS:
+    fills = list(dict.fromkeys(row.fill for row in report.rows))
+    for mask in report.shares:
         rows = [row for row in report.rows if row.mask == mask]
         for number in range(len(rows[0].shown)):
             original = held_out.pixels[number]
@@ -286,14 +304,17 @@ def print_report(name: str, report: "Report", held_out: "HeldOut") -> None:
     """Print a table for people."""
     count = len(held_out.pixels)
     width = max(len(name), 8)
-    head = f"{'region':10} {'filled by':20} {'PSNR':>6} {'distance':>9} {name:>{width}}"
+    head = f"{'region':10} {'filled by':20} {'PSNR':>6} {'distance':>9} {name:>{width}} {'seam':>6}"
     print(head + f" {'class':>7}" * report.labelled)
     for row in report.rows:
         about = row.describe(report.labelled)
         line = f"{row.mask:10} {row.fill:20} {about['psnr']:6.2f} {about['distance']:9.4g}"
-        line += f" {row.frechet:{width}.4g}"
+        line += f" {row.frechet:{width}.4g} {about['seam']:6.2f}"
         print(line + (f" {about['accuracy']:7.1%}" if report.labelled else ""))
     shares = ", ".join(f"{mask} {share:.0%}" for mask, share in report.shares.items())
     print(f"{count} images of {held_out.source}; regions cover: {shares}")
+    print(
+        "seams of the originals: " + ", ".join(f"{mask} {value:.2f}" for mask, value in report.seams.items())
+    )
     if report.labelled:
         print(f"class of the originals: {report.right / count:.1%}")

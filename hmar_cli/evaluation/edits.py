@@ -158,6 +158,16 @@ def psnr(filled: Pixels, original: Pixels, region: Pixels) -> float:
     return 10 * math.log10(255**2 / max(error, 255**2 * 10 ** (-HIGHEST / 10)))
 
 
+def seam(picture: Pixels, region: Pixels) -> float:
+    """Mean step, in levels of 0 to 255, between neighbours of [H, W, 3] on the two sides of a region's edge."""
+    inside, colours = region > 0, picture.astype(np.float64)
+    steps = []
+    for axis in (0, 1):
+        crossing = np.diff(inside, axis=axis)  # [H - 1, W] or [H, W - 1]
+        steps.append(np.abs(np.diff(colours, axis=axis))[crossing])
+    return float(np.concatenate(steps).mean())
+
+
 @dataclass
 class Row:
     """What one fill does with one mask.
@@ -168,6 +178,7 @@ class Row:
         psnrs: of each picture.
         distances: Euclidean distance of each filled picture's features from those of the original.
         frechet: Fréchet distance of the filled pictures' features from those of the originals.
+        seams: of each filled picture, as `seam` finds them.
         right: pictures that the classifier assigns to their own class; counts where it knows all classes.
         seconds: that filling took.
         shown: the first filled pictures.
@@ -177,6 +188,7 @@ class Row:
     fill: str
     psnrs: list[float] = field(default_factory=list)
     distances: list[float] = field(default_factory=list)
+    seams: list[float] = field(default_factory=list)
     frechet: float = 0.0
     right: int = 0
     seconds: float = 0.0
@@ -186,7 +198,7 @@ class Row:
         """The row as JSON has it: means with their standard errors."""
         count = len(self.psnrs)
         found: dict[str, Any] = {"mask": self.mask, "fill": self.fill}
-        for name, values in (("psnr", self.psnrs), ("distance", self.distances)):
+        for name, values in (("psnr", self.psnrs), ("distance", self.distances), ("seam", self.seams)):
             found[name] = float(np.mean(values))
             found[f"{name}_error"] = float(np.std(values, ddof=1) / math.sqrt(count))
         found["frechet"] = self.frechet
@@ -204,12 +216,14 @@ class Report:
         labelled: whether each class of the pictures is one of the classifier's.
         right: originals that the classifier assigns to their own class, if so.
         shares: mean share of the picture that a mask covers, by its name.
+        seams: mean seam of the originals, by the name of the mask.
     """
 
     rows: list[Row]
     labelled: bool
     right: int
     shares: dict[str, float]
+    seams: dict[str, float]
 
 
 class _Judge:
@@ -254,6 +268,7 @@ def measure_fills(
     fills: Mapping[str, Fill],
     *,
     size: Side,
+    masks: Sequence[str] = MASKS,
     seed: int = 0,
     batch_size: int = 32,
     shown: int = 0,
@@ -266,22 +281,25 @@ def measure_fills(
         held_out: the pictures.
         fills: by their names.
         size: to which pictures are scaled and centre-cropped for the classifier, as ADM does.
+        masks: of `MASKS`.
         seed: of the free-form masks.
         batch_size: pictures that are filled at once; free-form masks go one by one.
         shown: of the first filled pictures that are kept.
     """
     judge, count = _Judge(network, class_names, held_out, size, batch_size), len(held_out.pixels)
-    rows, shares = [], {}
-    with progress("filling", len(MASKS) * len(fills) * count) as bar:
-        for mask in MASKS:
+    rows, shares, seams = [], {}, {}
+    with progress("filling", len(masks) * len(fills) * count) as bar:
+        for mask in masks:
             together = 1 if mask == "free-form" else batch_size
             batches = [range(i, min(i + together, count)) for i in range(0, count, together)]
             regions = [region_of(mask, held_out.pixels.shape[1:3], seed, batch[0]) for batch in batches]
             shares[mask] = float(np.mean([region.mean() / 255 for region in regions]))
+            whole = [region for batch, region in zip(batches, regions, strict=True) for _ in batch]
+            seams[mask] = float(np.mean([seam(*pair) for pair in zip(held_out.pixels, whole, strict=True)]))
             for name, fill in fills.items():
                 bar.note(f"{mask}, {name}")
                 rows.append(_measure(mask, name, fill, held_out, batches, regions, judge, bar.advance, shown))
-    return Report(rows, judge.labelled, judge.right, shares)
+    return Report(rows, judge.labelled, judge.right, shares, seams)
 
 
 def _measure(
@@ -304,6 +322,7 @@ def _measure(
         row.seconds += time.perf_counter() - start
         filled = np.where(region[None, :, :, None] > 0, drawn, originals)
         row.psnrs += [psnr(a, b, region) for a, b in zip(filled, originals, strict=True)]
+        row.seams += [seam(each, region) for each in filled]
         features, right = judge.look(batch, filled)
         statistics.add(features)
         row.distances += (features - judge.features[batch.start : batch.stop]).norm(dim=1).tolist()

@@ -145,6 +145,7 @@ def test_a_model_that_knows_the_answer(world: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ModelPainter, "paint", lambda self, images, *rest: images.astype(np.float32))
     seeing = measured(world, "mar", "--no-erase")
     assert all(row["psnr"] == 60 and row["distance"] < 1e-4 for row in rows(seeing, "model"))
+    assert all(row["seam"] == seeing["originals_seam"][row["mask"]] for row in rows(seeing, "model"))
     assert all(row["right"] == seeing["originals_right"] for row in rows(seeing, "model"))
     blind = measured(world, "mar")
     for ours, theirs in zip(rows(blind, "model"), rows(blind, "smooth continuation"), strict=True):
@@ -185,10 +186,19 @@ def test_a_table_and_a_grid(world: Path, tmp_path: Path) -> None:
     result = measure(world, "himar", "--grid", tmp_path / "grid.png", "--shown", 2)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert "FD[classifier-tiny]-5" in lines[0] and len(lines) == 1 + 3 * len(FILLS) + 2
-    assert lines[1].startswith("centre     model ") and lines[-2].startswith(f"5 images of {SOURCE}")
+    assert "FD[classifier-tiny]-5" in lines[0] and len(lines) == 1 + 3 * len(FILLS) + 3
+    assert lines[1].startswith("centre     model ") and lines[-3].startswith(f"5 images of {SOURCE}")
     with Image.open(tmp_path / "grid.png") as image:
         assert image.width == (2 + len(FILLS)) * (128 + 6) - 6 and image.height > 6 * 128
+
+
+def test_some_masks_alone(world: Path, tmp_path: Path) -> None:
+    every = measured(world, "var")
+    one = measured(world, "var", "--masks", "half", "--grid", tmp_path / "grid.png", "--shown", 1)
+    assert one["rows"] == every["rows"][len(FILLS) : 2 * len(FILLS)]
+    assert list(one["region"]) == list(one["originals_seam"]) == ["half"]
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.height < 2 * 128
 
 
 def refused(result: Any, line: str) -> None:
@@ -204,6 +214,7 @@ def test_what_cannot_be_measured(world: Path) -> None:
     refused(measure(world, "var", "--strength", 0), "--strength 0 would change nothing")
     refused(measure(world, "var", source="builtin:scenes"), "knows no class")
     refused(measure(world, "classifier"), "holds a classifier, not a model")
+    refused(measure(world, "var", "--masks", "centre,left"), "no mask 'left'")
     refused(measure(world, "var", "--steps", 3), "has no --steps")
     no_judge = hmar("eval", "edits", SOURCE, "--checkpoint", world / "var", "--extractor", world / "mar")
     refused(no_judge, "not a classifier")

@@ -21,6 +21,7 @@ from hmar_cli.evaluation.edits import (
     psnr,
     read_held_out,
     region_of,
+    seam,
     yardsticks,
 )
 from hmar_cli.models.classifier import ImageClassifier
@@ -102,6 +103,18 @@ def test_psnr_of_a_known_error_within_the_region_alone(network: ImageClassifier,
     half[:2] = 255
     white, black = np.full((4, 4, 3), 255, np.uint8), np.zeros((4, 4, 3), np.uint8)
     assert psnr(white, black, half) == 0 and psnr(white, white, half) == HIGHEST
+
+
+def test_seams_are_steps_of_colour_across_the_edge() -> None:
+    region = np.zeros((6, 6), np.uint8)
+    region[2:4, 3:] = 255
+    picture = np.full((6, 6, 3), 50, np.uint8)
+    assert seam(picture, region) == 0
+    picture[2:4, 3:] = (60, 20, 50)  # steps of 10, 30 and 0
+    assert seam(picture, region) == pytest.approx(40 / 3)
+    picture[0, 0] = 255  # a step that lies elsewhere
+    picture[2, 5], picture[1, 5] = 255, 55  # one of the eight pairs across the edge
+    assert seam(picture, region) == pytest.approx((7 * 40 / 3 + 200) / 8)
 
 
 def test_distances_are_those_of_the_classifiers_features(network: ImageClassifier, held_out: HeldOut) -> None:
