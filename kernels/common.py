@@ -3,9 +3,12 @@
 Letters: B batch, L keys, N queries, H heads, D head size.
 """
 
+import contextlib
+import ctypes
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +75,35 @@ def table(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return made(*args)
 
     return look_up
+
+
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies on a device, outside of the memory of any CUDA graph that this thread warms up or records.
+
+    Such memory belongs to the graph, which may give it to others. Another thread's, on a stream of its own, does not.
+    """
+    if device.type != "cuda":
+        return [x.to(device) for x in tensors]
+
+    def copy() -> list[Tensor]:
+        _allow_calls_while_others_record()
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            copies = [x.to(device) for x in tensors]
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    with ThreadPoolExecutor(1) as helper:
+        return helper.submit(copy).result()
+
+
+def _allow_calls_while_others_record() -> None:
+    """Let this thread allocate and wait, on streams of its own, while another records a CUDA graph.
+
+    By default CUDA forbids it to all threads, in case that the recording depends on them.
+    """
+    relaxed = ctypes.c_int(2)
+    with contextlib.suppress(OSError, AttributeError):  # no driver of NVIDIA's
+        ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
 
 
 def scale_index(lengths: tuple[int, ...], device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ Letters: L keys, N queries, n_k tokens of scale k, T tiles, R rows.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,22 +27,21 @@ class Span(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows `first` to `last`, and their columns in two pieces (ends excluded).
+    """Rows `first` to `last`, and their columns in `count` blocks from `start` on (ends excluded).
 
-    All rows see all columns of the whole blocks from `full` to `full_end`. From `part` to `part_end` each row has
-    its own bounds.
+    All rows see all columns of the blocks `whole` to `whole_end`. In the other blocks each row has its own bounds.
     """
 
     first: int
     last: int
-    full: int
-    full_end: int
-    part: int
-    part_end: int
+    start: int
+    count: int
+    whole: int
+    whole_end: int
 
 
 class Schedule(NamedTuple):
-    """The tiles of one sequence and the bounds of its rows, on a device.
+    """The tiles of one sequence and the bounds of its rows.
 
     Attributes:
         tiles: [T, 6] int32, the fields of `Tile`, the most expensive first.
@@ -77,35 +76,27 @@ def key_spans(lengths: Sequence[int], queries: int, causal: bool) -> list[Span]:
     return spans
 
 
-def _tile(first: int, last: int, spans: Sequence[Span], block: int, least: int) -> Tile:
-    """Rows `first` to `last` with their columns; whole blocks start at a common beginning or stop at a common end.
-
-    A tile of fewer rows than `least` has no whole blocks.
-    """
+def _tile(first: int, last: int, spans: Sequence[Span], block: int, least: int, align: int) -> Tile:
+    """Rows `first` to `last` with their columns; a tile of fewer rows than `least` has no whole blocks."""
     seen = [s for s in spans if s.first < last and first < s.last and s.low < s.high]
     if not seen:
         return Tile(first, last, 0, 0, 0, 0)
-    low, high = min(s.low for s in seen), max(s.high for s in seen)
-    inner_low, inner_high = max(s.low for s in seen), min(s.high for s in seen)
+    start = min(s.low for s in seen) // align * align
+    count = -(-(max(s.high for s in seen) - start) // block)
+    whole = -(-(max(s.low for s in seen) - start) // block)
+    whole_end = (min(s.high for s in seen) - start) // block
     blind = any(s.low >= s.high for s in spans if s.first < last and first < s.last)
-    whole = 0 if blind or last - first < least else max(inner_high - inner_low, 0) // block * block
-    if low == inner_low:
-        return Tile(first, last, low, low + whole, low + whole, high)
-    if high == inner_high:
-        return Tile(first, last, high - whole, high, low, high - whole)
-    return Tile(first, last, low, low, low, high)
+    if blind or last - first < least or whole >= whole_end:
+        whole = whole_end = 0
+    return Tile(first, last, start, count, whole, whole_end)
 
 
-def blocks(tile: Tile, block: int) -> int:
-    """Blocks of `block` columns that a tile works through."""
-    return (tile.full_end - tile.full) // block + -(-(tile.part_end - tile.part) // block)
-
-
-def cut(spans: Sequence[Span], rows: int, block: int, guarded: bool = False) -> list[Tile]:
+def cut(spans: Sequence[Span], rows: int, block: int, guarded: bool = False, align: int = 1) -> list[Tile]:
     """Cut all rows into tiles of at most `rows` rows at the least total cost, the most expensive tile first.
 
     A tile ends where it is full or where a span ends; all such cuts are compared, from the last row backwards.
-    Where `guarded`, only tiles full of rows have whole blocks, so that rows beyond a tile's last see nothing.
+    Where `guarded`, only tiles full of rows have whole blocks, so that rows beyond a tile's last see nothing. Blocks
+    start at multiples of `align`, which bulk copies of numbers need: 16 bytes.
     """
     end = spans[-1].last
     stops = [s.last for s in spans]
@@ -123,17 +114,17 @@ def cut(spans: Sequence[Span], rows: int, block: int, guarded: bool = False) -> 
     for first in sorted(reached, reverse=True):
         choices = []
         for last in ends(first):
-            tile = _tile(first, last, spans, block, rows if guarded else 0)
-            choices.append((START + blocks(tile, block) + best[last][0], tile))
+            tile = _tile(first, last, spans, block, rows if guarded else 0, align)
+            choices.append((START + tile.count + best[last][0], tile))
         best[first] = min(choices, key=lambda choice: (choice[0], -choice[1].last))
     tiles, first = [], 0
     while (tile_at := best[first][1]) is not None:
         tiles.append(tile_at)
         first = tile_at.last
-    return sorted(tiles, key=lambda t: -blocks(t, block))
+    return sorted(tiles, key=lambda tile: -tile.count)
 
 
-@lru_cache(maxsize=512)
+@cache
 def schedule(
     lengths: tuple[int, ...],
     queries: int,
@@ -142,9 +133,9 @@ def schedule(
     rows: int,
     block: int,
     guarded: bool,
-    device: torch.device,
+    align: int,
 ) -> Schedule:
-    """The tiles for one sequence, kept on the device from the first call on.
+    """The tiles for one sequence.
 
     Args:
         lengths: tokens n_k of each scale.
@@ -154,14 +145,11 @@ def schedule(
         rows: rows of a tile.
         block: columns of a block.
         guarded: see `cut`.
-        device: of the tables.
+        align: see `cut`.
     """
     spans = (key_spans if by_keys else query_spans)(lengths, queries, causal)
-    tiles = cut(spans, rows, block, guarded)
+    tiles = cut(spans, rows, block, guarded, align)
     repeats = torch.tensor([s.last - s.first for s in spans])
     bounds = torch.tensor([[s.low for s in spans], [s.high for s in spans]], dtype=torch.int32)
-    return Schedule(
-        torch.tensor(tiles, dtype=torch.int32).to(device),
-        bounds.repeat_interleave(repeats, dim=1).contiguous().to(device),
-        len(tiles),
-    )
+    each = bounds.repeat_interleave(repeats, dim=1).contiguous()
+    return Schedule(torch.tensor(tiles, dtype=torch.int32), each, len(tiles))

@@ -1,21 +1,27 @@
 """Triton: the operation as a custom operator of PyTorch, its launches, and the tables of tile sizes.
 
-Letters: B batch, L keys, N queries, H heads, D head size, T tiles.
+Letters: B batch, L keys, N queries, H heads, D head size, T tiles, P numbers of a head with what aligns them.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from hmar_kernels.common import to_device
 from hmar_kernels.tiles import Schedule, schedule
 from hmar_kernels.triton_backward import keys_kernel, queries_kernel, statistics_kernel
 from hmar_kernels.triton_forward import forward_kernel, norms_kernel
 from torch import Tensor
 
+LOG2E = math.log2(math.e)
 HEAD_SIZES = (32, 64, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ALIGN = 4
+"""Bulk copies of float32 numbers begin at multiples of this, 16 bytes; elsewhere they fail."""
 NORM_ROWS = 128
 """Keys whose norms one program computes."""
 
@@ -30,9 +36,11 @@ class Setting:
         warps: of a program.
         stages: of the inner loop's pipeline.
         bulk: read blocks by tensor descriptors (bulk copies) where the layout allows it.
+        bulk_own: read the tile's own rows by descriptors, too; by pointers they arrive while the first blocks do.
         bulk_rows: read the numbers that belong to columns by descriptors too.
         peel: give columns that all rows see a loop of their own, without a mask.
-        inline: compute the norms of keys from each block, not in a kernel of its own.
+        inline: compute the norms of keys from each block, not in a kernel of its own; in the forward pass alone.
+        bounded: in the forward pass, a second pair of loops for heads whose maximum is known, which costs memory.
     """
 
     rows: int
@@ -40,9 +48,11 @@ class Setting:
     warps: int = 4
     stages: int = 2
     bulk: bool = False
+    bulk_own: bool = True
     bulk_rows: bool = False
     peel: bool = True
     inline: bool = False
+    bounded: bool = False
 
 
 class Settings(NamedTuple):
@@ -85,6 +95,11 @@ def unavailable(*, device: torch.device, dtype: torch.dtype, head_size: int, pat
     return None
 
 
+def _pitch(length: int) -> int:
+    """Numbers from one head to the next in arrays of a number for each of `length` tokens."""
+    return -(-length // ALIGN) * ALIGN
+
+
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Between samples, tokens and heads of [B, L, H, D]."""
     return x.stride(0), x.stride(1), x.stride(2)
@@ -104,15 +119,18 @@ def _bulk_readable(x: Tensor) -> bool:
 
 
 def _sources(
-    blocks: Sequence[tuple[Tensor, int]], bulk: bool
+    blocks: Sequence[tuple[Tensor, int, bool]],
 ) -> tuple[list[Any], list[tuple[int, int, int]]]:
     """What a kernel reads tensors [B, L, H, D] by, with the strides: pointers, or descriptors of blocks of rows."""
-    if not bulk:
-        return [x for x, _ in blocks], [_strides(x) for x, _ in blocks]
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    sources, strides = [], []
-    for x, rows in blocks:
+    sources: list[Any] = []
+    strides = []
+    for x, rows, bulk in blocks:
+        if not bulk:
+            sources.append(x)
+            strides.append(_strides(x))
+            continue
         batch, length, heads, size = x.shape
         shape = [batch * length, heads * size]
         sources.append(TensorDescriptor(x, shape, [x.stride(1), 1], [rows, size]))
@@ -127,6 +145,13 @@ def _numbers(x: Tensor, block: int, bulk: bool) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, [x.numel()], [1], [block])
+
+
+@cache  # forever: recorded CUDA graphs read it
+def _schedule(cut: tuple[Any, ...], device: torch.device) -> Schedule:
+    """A schedule on a device."""
+    plan = schedule(*cut)
+    return Schedule(*to_device(plan[:2], device), plan.size)
 
 
 @dataclass(frozen=True)
@@ -156,21 +181,25 @@ class _Call:
         """Heads of all samples, B H."""
         return self.q.shape[0] * self.q.shape[2]
 
-    def schedule(self, s: Setting, by_keys: bool = False, guarded: bool = False) -> Schedule:
+    def schedule(self, s: Setting, bulk_rows: bool, by_keys: bool = False, guarded: bool = False) -> Schedule:
         """The tiles of a kernel."""
         queries, device = self.q.shape[1], self.q.device
-        return schedule(self.lengths, queries, self.causal, by_keys, s.rows, s.block, guarded, device)
+        align = ALIGN if bulk_rows else 1
+        cut = (self.lengths, queries, self.causal, by_keys, s.rows, s.block, guarded, align)
+        return _schedule(cut, device)
 
     def bulk(self, setting: Setting, *others: Tensor) -> bool:
         """Whether a kernel reads by descriptors."""
         return setting.bulk and all(map(_bulk_readable, (self.q, self.k, self.v, *others)))
 
     def bulk_rows(self, setting: Setting, bulk: bool) -> bool:
-        """Whether a kernel reads numbers by descriptors; Triton's interpreter knows no unaligned beginnings."""
-        return bulk and setting.bulk_rows and not triton.knobs.runtime.interpret
+        """Whether a kernel reads numbers by descriptors."""
+        most = self.samples * max(_pitch(self.q.shape[1]), _pitch(self.k.shape[1]))
+        return bulk and setting.bulk_rows and most < 2**31
 
-    def numbers(self, *shape: int) -> Tensor:
-        """An array of float32."""
+    def numbers(self, length: int) -> Tensor:
+        """A float32 for each of `length` tokens of all heads, [B, H, P] with P from `_pitch`."""
+        shape = self.q.shape[0], self.q.shape[2], _pitch(length)
         return torch.empty(shape, device=self.q.device, dtype=torch.float32)
 
     def sizes(self, plan: Schedule) -> tuple[Any, ...]:
@@ -178,26 +207,24 @@ class _Call:
         _, queries, heads, _ = self.q.shape
         return plan.tiles, plan.bounds, plan.size, heads, queries, self.k.shape[1], self.softmax_scale
 
-    def constants(self, setting: Setting, bulk: bool) -> dict[str, Any]:
+    def constants(self, setting: Setting, bulk: bool, bulk_rows: bool) -> dict[str, Any]:
         """The constants of every kernel."""
         size = self.q.shape[3]
         return {
             "D": size, "WIDTH": triton.next_power_of_2(size), "BLOCK": setting.block,
-            "NORMALIZE": self.head_scale is not None, "BULK": bulk,
-            "BULK_ROWS": self.bulk_rows(setting, bulk), "PEEL": setting.peel, "STAGES": setting.stages,
+            "NORMALIZE": self.head_scale is not None, "BULK": bulk, "BULK_OWN": bulk and setting.bulk_own,
+            "BULK_ROWS": bulk_rows, "PEEL": setting.peel, "STAGES": setting.stages,
             "num_warps": setting.warps, "enable_fp_fusion": True,
         }  # fmt: skip
 
-    def norms(self) -> Tensor:
-        """1 / |key|, [B, H, L] float32."""
-        batch, length, heads, size = self.k.shape
-        norms = self.numbers(batch, heads, length)
-        grid = (triton.cdiv(length, NORM_ROWS), batch * heads)
-        norms_kernel[grid](
-            self.k, norms, _strides(self.k), heads, length, D=size, WIDTH=triton.next_power_of_2(size),
-            BLOCK=NORM_ROWS,
+    def norms(self, x: Tensor, into: Tensor, factor: float = 1.0, scaled: bool = False) -> Tensor:
+        """`factor` / |row| of x [B, L, H, D], times the head scale where `scaled`: to the numbers `into`."""
+        _, length, heads, size = x.shape
+        norms_kernel[(triton.cdiv(length, NORM_ROWS) * self.samples,)](
+            x, into, self.head_scale, _strides(x), heads, length, factor, D=size,
+            WIDTH=triton.next_power_of_2(size), BLOCK=NORM_ROWS, SCALED=scaled,
         )  # fmt: skip
-        return norms
+        return into
 
 
 def _call(
@@ -221,27 +248,32 @@ def forward(
     head_scale: Tensor | None,
     settings: Settings | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute out [B, N, H, D] and lse [B, H, N] from q, k and v; see `hmar_kernels.scale_attention`."""
+    """Compute out [B, N, H, D] and lse [B, H, P] from q, k and v; see `hmar_kernels.scale_attention`.
+
+    P is `_pitch` of N; numbers beyond N are 0.
+    """
     if head_scale is None and softmax_scale < 0:  # the kernel's maximum is that of the scaled scores
         parts, softmax_scale = (-parts[0], *parts[1:]), -softmax_scale
     call = _call(parts, lengths, causal, softmax_scale, head_scale)
-    q, k, v = call.q, call.k, call.v
-    batch, queries, heads, size = q.shape
+    q, k, v, head_scale = call.q, call.k, call.v, call.head_scale
+    queries, size = q.shape[1], q.shape[3]
     s = (settings or settings_for(lengths, causal, size, q.dtype)).forward
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    lse = call.numbers(batch, heads, queries)
-    plan, bulk = call.schedule(s), call.bulk(s)
-    norms = (
-        _numbers(call.norms(), s.block, call.bulk_rows(s, bulk))
-        if head_scale is not None and not s.inline
-        else lse
-    )
-    sources, strides = _sources([(q, s.rows), (k, s.block), (v, s.block)], bulk)
+    lse = call.numbers(queries)
+    if lse.shape[2] > queries:
+        lse[:, :, queries:] = 0
+    bulk = call.bulk(s)
+    norms, bulk_rows = lse, False
+    if head_scale is not None and not s.inline:
+        bulk_rows = call.bulk_rows(s, bulk)
+        norms = _numbers(call.norms(k, call.numbers(k.shape[1])), s.block, bulk_rows)
+    plan = call.schedule(s, bulk_rows)
+    sources, strides = _sources([(q, s.rows, bulk and s.bulk_own), (k, s.block, bulk), (v, s.block, bulk)])
     half = q.dtype == torch.float16
     forward_kernel[(plan.size * call.samples,)](
-        *sources, out, lse, norms, lse if call.head_scale is None else call.head_scale, *strides,
-        *call.sizes(plan), M=s.rows, INLINE=s.inline, LIMIT=13.5 if half else 60.0, LIFT=14.0 if half else 0.0,
-        **call.constants(s, bulk),
+        *sources, out, lse, norms, lse if head_scale is None else head_scale, *strides, *call.sizes(plan),
+        M=s.rows, INLINE=s.inline, BOUNDED=s.bounded, LIMIT=13.5 if half else 60.0, LIFT=14.0 if half else 0.0,
+        **call.constants(s, bulk, bulk_rows),
     )  # fmt: skip
     return out, lse
 
@@ -257,33 +289,40 @@ def _over_queries(
     out: Tensor,
     lse: Tensor,
     gradients: Sequence[Tensor],
-    statistics: Tensor,
+    products: Tensor,
+    inverses: Tensor,
     s: Setting,
 ) -> Tensor:
-    """Write dq and the statistics; return the parts of head_scale's gradient, [B, H, T]."""
-    plan, bulk = call.schedule(s), call.bulk(s, dout)
-    head_scale = call.head_scale
-    norms = (
-        lse if head_scale is None or s.inline else _numbers(call.norms(), s.block, call.bulk_rows(s, bulk))
-    )
-    d_scale = lse if head_scale is None else call.numbers(*lse.shape[:2], plan.size)
-    blocks = [(call.q, s.rows), (call.k, s.block), (call.v, s.block), (dout, s.rows)]
-    (q, k, v, d), (q_strides, k_strides, v_strides, d_strides) = _sources(blocks, bulk)
+    """Write dq and what `statistics_kernel` does; return the parts of head_scale's gradient, [B, H, T].
+
+    The norms of keys and then of queries take the same memory, `inverses`.
+    """
+    bulk, head_scale, fold = call.bulk(s, dout), call.head_scale, _folds(call.q.dtype)
+    bulk_rows = head_scale is not None and call.bulk_rows(s, bulk)
+    plan = call.schedule(s, bulk_rows)
+    d_scale = lse
+    if head_scale is not None:
+        call.norms(call.k, inverses)
+        d_scale = lse.new_empty((*lse.shape[:2], plan.size))
+    own = bulk and s.bulk_own
+    blocks = [(call.q, s.rows, own), (call.k, s.block, bulk), (call.v, s.block, bulk), (dout, s.rows, own)]
+    (q, k, v, d), (q_strides, k_strides, v_strides, d_strides) = _sources(blocks)
     queries_kernel[(plan.size * call.samples,)](
-        q, k, v, out, d, gradients[0], lse, statistics, statistics.shape[1], norms,
+        q, k, v, out, d, gradients[0], lse, products, _numbers(inverses, s.block, bulk_rows),
         lse if head_scale is None else head_scale, d_scale, q_strides, k_strides, v_strides, d_strides,
-        _strides(gradients[0]), *call.sizes(plan), M=s.rows, INLINE=s.inline, FOLD=_folds(call.q.dtype),
-        **call.constants(s, bulk),
+        _strides(gradients[0]), *call.sizes(plan), M=s.rows, FOLD=fold, **call.constants(s, bulk, bulk_rows),
     )  # fmt: skip
+    if head_scale is not None:
+        call.norms(call.q, inverses, call.softmax_scale * LOG2E if fold else 1.0, fold)
     return d_scale
 
 
-def _statistics(call: _Call, dout: Tensor, out: Tensor, lse: Tensor, statistics: Tensor) -> None:
+def _statistics(call: _Call, dout: Tensor, out: Tensor, products: Tensor, inverses: Tensor) -> None:
     """Write the statistics of the queries, for the backward pass in one."""
     _, queries, heads, size = call.q.shape
-    statistics_kernel[(triton.cdiv(queries, NORM_ROWS), call.samples)](
-        call.q, out, dout, lse, statistics, lse if call.head_scale is None else call.head_scale,
-        _strides(call.q), _strides(dout), statistics.shape[1], heads, queries, call.softmax_scale, D=size,
+    statistics_kernel[(triton.cdiv(queries, NORM_ROWS) * call.samples,)](
+        call.q, out, dout, products, inverses, products if call.head_scale is None else call.head_scale,
+        _strides(call.q), _strides(dout), heads, queries, call.softmax_scale, D=size,
         WIDTH=triton.next_power_of_2(size), BLOCK=NORM_ROWS, NORMALIZE=call.head_scale is not None,
         FOLD=_folds(call.q.dtype),
     )  # fmt: skip
@@ -302,28 +341,30 @@ def _over_keys(
     dout: Tensor,
     lse: Tensor,
     gradients: Sequence[Tensor],
-    statistics: Tensor,
+    products: Tensor,
+    inverses: Tensor,
     s: Setting,
     fused: bool,
 ) -> Tensor:
     """Write dk and dv; where fused, dq too, and return the parts of head_scale's gradient, [B, H]."""
     _, queries, _, size = call.q.shape
-    plan, bulk, device = call.schedule(s, True, fused), call.bulk(s, dout), call.q.device
+    bulk, device = call.bulk(s, dout), call.q.device
+    bulk_rows = call.bulk_rows(s, bulk)
+    plan = call.schedule(s, bulk_rows, True, fused)
     sums, state, slots, d_scale = lse, plan.tiles, 1, lse
     if fused:
         slots = _slots(device, plan.size, s.warps, call.samples)
         sums = torch.zeros(slots, queries, size, device=device, dtype=torch.float32)
         state = torch.zeros(1 + 2 * slots, device=device, dtype=torch.int32)
-        d_scale = call.numbers(*lse.shape[:2])
-    blocks = [(call.q, s.block), (call.k, s.rows), (call.v, s.rows), (dout, s.block)]
-    sources, strides = _sources(blocks, bulk)
-    rows = [
-        _numbers(x, s.block, call.bulk_rows(s, bulk)) for x in (statistics[0], statistics[1], statistics[-1])
-    ]
+        d_scale = lse.new_empty(lse.shape[:2])
+    own = bulk and s.bulk_own
+    blocks = [(call.q, s.block, bulk), (call.k, s.rows, own), (call.v, s.rows, own), (dout, s.block, bulk)]
+    sources, strides = _sources(blocks)
+    rows = [_numbers(x, s.block, bulk_rows) for x in (lse, products, inverses)]
     keys_kernel[(plan.size * call.samples,)](
         *sources, *gradients, *rows, lse if call.head_scale is None else call.head_scale, d_scale, sums, state,
         slots, *strides, *map(_strides, gradients), *call.sizes(plan), J=s.rows, FOLD=_folds(call.q.dtype),
-        FUSED=fused, **call.constants(s, bulk),
+        FUSED=fused, **call.constants(s, bulk, bulk_rows),
     )  # fmt: skip
     return d_scale
 
@@ -340,16 +381,20 @@ def backward(
     head_scale: Tensor | None,
     settings: Settings | None = None,
 ) -> Tensor:
-    """Write the gradients of q, k and v into `gradients`; return that of head_scale, [H], or an empty tensor."""
+    """Write the gradients of q, k and v into `gradients`; return that of head_scale, [H], or an empty tensor.
+
+    `lse` is that of `forward`. Beside it, each head takes one row of float32 numbers, or two where normalised.
+    """
     call, dout = _call(parts, lengths, causal, softmax_scale, head_scale), _contiguous_heads(dout)
     chosen = settings or settings_for(lengths, causal, call.q.shape[3], call.q.dtype)
-    statistics = call.numbers(2 if head_scale is None else 3, -(-lse.numel() // 4) * 4)  # aligned to 16 bytes
+    products = call.numbers(call.q.shape[1])
+    inverses = products if head_scale is None else call.numbers(max(call.q.shape[1], call.k.shape[1]))
     if chosen.queries is None:
-        _statistics(call, dout, out, lse, statistics)
-        d_scale = _over_keys(call, dout, lse, gradients, statistics, chosen.keys, fused=True)
+        _statistics(call, dout, out, products, inverses)
+        d_scale = _over_keys(call, dout, lse, gradients, products, inverses, chosen.keys, fused=True)
     else:
-        d_scale = _over_queries(call, dout, out, lse, gradients, statistics, chosen.queries)
-        _over_keys(call, dout, lse, gradients, statistics, chosen.keys, fused=False)
+        d_scale = _over_queries(call, dout, out, lse, gradients, products, inverses, chosen.queries)
+        _over_keys(call, dout, lse, gradients, products, inverses, chosen.keys, fused=False)
     return lse.new_empty(0) if head_scale is None else d_scale.sum(dim=(0, *range(2, d_scale.ndim)))
 
 
@@ -378,7 +423,7 @@ def _shapes(
     head_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, size = q.shape
-    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    lse = q.new_empty((batch, heads, _pitch(queries)), dtype=torch.float32)
     return q.new_empty((batch, queries, heads, size)), lse
 
 
@@ -434,7 +479,7 @@ def _packed_shapes(
     qkv: Tensor, lengths: Sequence[int], causal: bool, softmax_scale: float, head_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     batch, length, _, heads, size = qkv.shape
-    lse = qkv.new_empty((batch, heads, length), dtype=torch.float32)
+    lse = qkv.new_empty((batch, heads, _pitch(length)), dtype=torch.float32)
     return qkv.new_empty((batch, length, heads, size)), lse
 
 
@@ -500,13 +545,13 @@ def attention(
     head_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `hmar_kernels.scale_attention`; q [B, N, H, D], k and v [B, L, H, D]."""
-    out: tuple[Tensor, Tensor] = _operator(q, k, v, lengths, causal, softmax_scale, head_scale)
-    return out
+    out, lse = _operator(q, k, v, lengths, causal, softmax_scale, head_scale)
+    return out, lse[:, :, : q.shape[1]]
 
 
 def packed_attention(
     qkv: Tensor, lengths: tuple[int, ...], causal: bool, softmax_scale: float, head_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `hmar_kernels.scale_attention`; qkv [B, L, 3, H, D], whose gradient is one tensor of that shape."""
-    out: tuple[Tensor, Tensor] = _packed_operator(qkv, lengths, causal, softmax_scale, head_scale)
-    return out
+    out, lse = _packed_operator(qkv, lengths, causal, softmax_scale, head_scale)
+    return out, lse[:, :, : qkv.shape[1]]

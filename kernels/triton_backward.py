@@ -23,21 +23,15 @@ from hmar_kernels.triton_forward import (
     LN2,
     LOG2E,
     SIZES,
+    block_start,
     head_of,
     inverse_norm,
     load_row,
     load_rows,
+    nonzero,
+    pitch,
     store_rows,
 )
-
-TINY = tl.constexpr(1e-30)
-"""Stands for a head scale of zero, whose gradient is found by dividing by it."""
-
-
-@triton.jit
-def nonzero(head_scale):
-    """The head scale, or something tiny instead of zero."""
-    return tl.where(head_scale == 0.0, TINY, head_scale)
 
 
 @triton.jit
@@ -55,71 +49,55 @@ def through_norm(x, inverse, gradient):
     return (gradient - unit * kept[:, None]) * inverse[:, None], along
 
 
-@triton.jit
-def write_statistics(
-    statistics, size, start, first, last, total, product, inverse, factor, BLOCK: tl.constexpr,
-    NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
-    """Write what `gather_keys` needs of queries: log-sum-exp, output times its gradient, factor of the scores.
-
-    Each is an array [B, H, N] of `size` numbers or less, in which this head begins at `start`. Logarithms are of
-    base 2.
-    """
-    rows = first + tl.arange(0, BLOCK)
-    at = statistics + start + rows
-    tl.store(at, total, mask=rows < last)
-    if NORMALIZE:
-        if FOLD:
-            inverse = inverse * factor
-            product = product * inverse
-        tl.store(at + 2 * size, inverse, mask=rows < last)
-    tl.store(at + size, product, mask=rows < last)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
-    q, out, dout, lse, statistics, head_scale, q_strides, dout_strides, size, heads, queries, scale,
+    q, out, dout, products, inverses, head_scale, q_strides, dout_strides, heads, queries, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of BLOCK queries of one head, for the backward pass in one."""
-    sample = tl.program_id(1)
+    """What `gather_keys` needs of BLOCK queries of one head, where the backward pass is one.
+
+    To `products` [B, H, N] output times its gradient, to `inverses`, where NORMALIZE, 1 / |q|; where FOLD too, both
+    times the factor of scores. Arrays of numbers lie as `pitch` says.
+    """
+    sample = tl.program_id(0) // tl.cdiv(queries, BLOCK)
     b, h = sample // heads, sample % heads
-    first = tl.program_id(0) * BLOCK
+    first = tl.program_id(0) % tl.cdiv(queries, BLOCK) * BLOCK
     o_source = out + (tl.cast(b, tl.int64) * queries * heads + h) * D
     o = load_rows(o_source, heads * D, 0, first, queries, BLOCK, D, WIDTH, True, False).to(tl.float32)
     source, stride, column = head_of(dout, dout_strides, b, h, D, False)
     g = load_rows(source, stride, column, first, queries, BLOCK, D, WIDTH, True, False).to(tl.float32)
-    start = tl.cast(sample, tl.int64) * queries
-    total = load_row(lse, start, first, queries, BLOCK, True, False) * LOG2E
-    inverse, factor = total, scale * LOG2E
+    start = tl.cast(sample, tl.int64) * pitch(queries)
+    rows = first + tl.arange(0, BLOCK)
+    product = tl.sum(o * g, 1)
     if NORMALIZE:
         source, stride, column = head_of(q, q_strides, b, h, D, False)
         inverse = inverse_norm(
             load_rows(source, stride, column, first, queries, BLOCK, D, WIDTH, True, False)
         )
-        factor = factor * nonzero(tl.load(head_scale + h))
-    product = tl.sum(o * g, 1)
-    write_statistics(
-        statistics, size, start, first, queries, total, product, inverse, factor, BLOCK, NORMALIZE, FOLD
-    )
+        if FOLD:
+            inverse *= scale * LOG2E * nonzero(tl.load(head_scale + h))
+            product *= inverse
+        tl.store(inverses + start + rows, inverse, mask=rows < queries)
+    tl.store(products + start + rows, product, mask=rows < queries)
 
 
 @triton.jit
 def gather_queries(
     acc, q, k, k_stride, v, v_stride, column, dout, total, product, norms, norms_start, low, high, factor,
-    start, stop, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
-    INLINE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PART: tl.constexpr,
+    keys, begin, end, whole, whole_end, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PART: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to acc [M, D] the gradients of scores times keys `start` to `stop`, keys normalised where NORMALIZE."""
-    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
-        keys = first + tl.arange(0, BLOCK)
-        k_block = load_rows(k, k_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
+    """Add to acc [M, D] the gradients of scores times the keys `begin` to `end`, normalised if NORMALIZE.
+
+    The norms come from memory: were they computed from the block, Triton 3.6 would give it too few buffers, and
+    overwrite it while the last product reads it.
+    """
+    for block in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        first = block_start(block, whole, whole_end, PART)
+        k_block = load_rows(k, k_stride, column, first, keys, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
         if NORMALIZE:
-            if INLINE:
-                inverse = inverse_norm(k_block)
-            else:
-                inverse = load_row(norms, norms_start, first, stop, BLOCK, PART, BULK_ROWS)
+            inverse = load_row(norms, norms_start, first, keys, BLOCK, PART, BULK_ROWS)
             if not FOLD:
                 k_block = (k_block.to(tl.float32) * inverse[:, None]).to(k_block.dtype)
         scores = tl.dot(q, tl.trans(k_block), input_precision="ieee")  # [M, J]
@@ -128,10 +106,11 @@ def gather_queries(
         else:
             scores = scores * factor - total[:, None]
         if PART:
-            sees = (keys[None, :] >= low[:, None]) & (keys[None, :] < tl.minimum(high, stop)[:, None])
+            at = first + tl.arange(0, BLOCK)
+            sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
             scores = tl.where(sees, scores, float("-inf"))
         weights = tl.exp2(scores)
-        v_block = load_rows(v, v_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
+        v_block = load_rows(v, v_stride, column, first, keys, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
         slopes = tl.dot(dout, tl.trans(v_block), input_precision="ieee")  # [M, J]
         slopes = weights * (slopes - product[:, None])
         if NORMALIZE and FOLD:
@@ -142,13 +121,13 @@ def gather_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def queries_kernel(
-    q, k, v, out, dout, dq, lse, statistics, size, norms, head_scale, d_scale, q_strides, k_strides, v_strides,
+    q, k, v, out, dout, dq, lse, products, norms, head_scale, d_scale, q_strides, k_strides, v_strides,
     dout_strides, dq_strides, tiles, bounds, count, heads, queries, keys, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
-    INLINE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr,
+    FOLD: tl.constexpr, BULK: tl.constexpr, BULK_OWN: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The first of two passes, one tile of queries of one head: dq, and the statistics for the other pass.
+    """The first of two passes, one tile of queries of one head: dq, and the products of `statistics_kernel`.
 
     Where NORMALIZE, also this tile's part of the gradient of head_scale, to d_scale [B H, T].
     """
@@ -158,15 +137,15 @@ def queries_kernel(
     first, last = tl.load(tile), tl.load(tile + 1)
     o_source = out + (tl.cast(b, tl.int64) * queries * heads + h) * D
     o_tile = load_rows(o_source, heads * D, 0, first, last, M, D, WIDTH, True, False).to(tl.float32)  # [M, D]
-    q_rows, q_stride, column = head_of(q, q_strides, b, h, D, BULK)
+    q_rows, q_stride, own = head_of(q, q_strides, b, h, D, BULK_OWN)
     k_rows, k_stride, column = head_of(k, k_strides, b, h, D, BULK)
     v_rows, v_stride, column = head_of(v, v_strides, b, h, D, BULK)
-    g_rows, g_stride, column = head_of(dout, dout_strides, b, h, D, BULK)
-    dout_tile = load_rows(g_rows, g_stride, column, first, last, M, D, WIDTH, True, BULK)  # [M, D]
-    q_tile = load_rows(q_rows, q_stride, column, first, last, M, D, WIDTH, True, BULK)  # [M, D]
+    g_rows, g_stride, own = head_of(dout, dout_strides, b, h, D, BULK_OWN)
+    dout_tile = load_rows(g_rows, g_stride, own, first, last, M, D, WIDTH, True, BULK_OWN)  # [M, D]
+    q_tile = load_rows(q_rows, q_stride, own, first, last, M, D, WIDTH, True, BULK_OWN)  # [M, D]
     low = load_row(bounds, 0, first, last, M, True, False)
     high = load_row(bounds, queries, first, last, M, True, False)
-    start = tl.cast(sample, tl.int64) * queries
+    start = tl.cast(sample, tl.int64) * pitch(queries)
     total = load_row(lse, start, first, last, M, True, False) * LOG2E
     product = tl.sum(o_tile * dout_tile.to(tl.float32), 1)
     inverse, factor, temperature, q_hat = total, scale * LOG2E, 1.0, q_tile
@@ -178,35 +157,39 @@ def queries_kernel(
         else:
             q_hat = (q_tile.to(tl.float32) * inverse[:, None]).to(q_tile.dtype)
         factor = factor * temperature
-    write_statistics(
-        statistics, size, start, first, last, total, product, inverse, factor, M, NORMALIZE, FOLD
-    )
+    rows = first + tl.arange(0, M)
+    if NORMALIZE and FOLD:
+        written = product * (inverse * (scale * LOG2E * nonzero(temperature)))
+    else:
+        written = product
+    tl.store(products + start + rows, written, mask=rows < last)
     acc = tl.zeros([M, WIDTH], tl.float32)
-    norms_start = tl.cast(sample, tl.int64) * keys
-    full, full_end, part, part_end = (
+    norms_start = tl.cast(sample, tl.int64) * pitch(keys)
+    begin, blocks, whole, whole_end = (
         tl.load(tile + 2),
-        tl.load(tile + 3),
-        tl.load(tile + 4),
-        tl.load(tile + 5),
+        tl.load(tile + 3) * BLOCK,
+        tl.load(tile + 4) * BLOCK,
+        tl.load(tile + 5) * BLOCK,
     )
+    end, whole, whole_end = begin + blocks, begin + whole, begin + whole_end
     if PEEL:
         acc = gather_queries(
             acc, q_hat, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms,
-            norms_start, low, high, factor, full, full_end,
-            D, WIDTH, BLOCK, NORMALIZE, INLINE, FOLD, BULK, BULK_ROWS, False, STAGES,
+            norms_start, low, high, factor, keys, whole, whole_end, whole, whole_end,
+            D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, BULK_ROWS, False, STAGES,
         )  # fmt: skip
     else:
-        part, part_end = tl.minimum(full, part), tl.maximum(full_end, part_end)
+        whole, whole_end = begin, begin
     acc = gather_queries(
         acc, q_hat, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms,
-        norms_start, low, high, factor, part, part_end,
-        D, WIDTH, BLOCK, NORMALIZE, INLINE, FOLD, BULK, BULK_ROWS, True, STAGES,
+        norms_start, low, high, factor, keys, begin, end - (whole_end - whole), whole, whole_end,
+        D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, BULK_ROWS, True, STAGES,
     )  # fmt: skip
     acc *= scale
     if NORMALIZE:
-        q_tile = load_rows(q_rows, q_stride, column, first, last, M, D, WIDTH, True, BULK)
+        q_tile = load_rows(q_rows, q_stride, own, first, last, M, D, WIDTH, True, BULK_OWN)
         acc, along = through_norm(q_tile, inverse, acc)
-        tl.store(d_scale + tl.program_id(0), tl.sum(tl.where(first + tl.arange(0, M) < last, along, 0.0), 0))
+        tl.store(d_scale + tl.program_id(0), tl.sum(tl.where(rows < last, along, 0.0), 0))
         acc *= temperature
     d_rows, d_stride, column = head_of(dq, dq_strides, b, h, D, False)
     store_rows(d_rows, d_stride, first, last, acc, M, D, WIDTH)
@@ -214,22 +197,25 @@ def queries_kernel(
 
 @triton.jit
 def gather_keys(
-    dk, dv, sums, k, v, q, q_stride, dout, dout_stride, column, totals, products, inverses, start_of_head,
-    low, high, factor, start, stop, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    NORMALIZE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PART: tl.constexpr,
-    FUSED: tl.constexpr, STAGES: tl.constexpr,
+    dk, dv, sums, k, v, q, q_stride, dout, dout_stride, column, lse, products, inverses, start_of_head,
+    low, high, factor, queries, begin, end, whole, whole_end,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
+    FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PART: tl.constexpr, FUSED: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv [J, D] what the queries `start` to `stop` give; dk times log2(e) where NORMALIZE and FOLD.
+    """Add to dk and dv [J, D] what the queries `begin` to `end` give (see `block_start`).
 
-    Where FUSED, add the gradients of scores times keys to the rows of `sums` [N, D], without that factor.
+    That to dk is times log2(e) where NORMALIZE and FOLD. Where FUSED, add the gradients of scores times keys to the
+    rows of `sums` [N, D], without that factor.
     """
-    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
-        queries = first + tl.arange(0, BLOCK)
-        q_block = load_rows(q, q_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [M, D]
-        total = load_row(totals, start_of_head, first, stop, BLOCK, PART, BULK_ROWS)
-        product = load_row(products, start_of_head, first, stop, BLOCK, PART, BULK_ROWS)
+    for block in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        first = block_start(block, whole, whole_end, PART)
+        at = first + tl.arange(0, BLOCK)
+        q_block = load_rows(q, q_stride, column, first, queries, BLOCK, D, WIDTH, PART, BULK)  # [M, D]
+        total = load_row(lse, start_of_head, first, queries, BLOCK, PART, BULK_ROWS) * LOG2E
+        product = load_row(products, start_of_head, first, queries, BLOCK, PART, BULK_ROWS)
         if NORMALIZE:
-            inverse = load_row(inverses, start_of_head, first, stop, BLOCK, PART, BULK_ROWS)
+            inverse = load_row(inverses, start_of_head, first, queries, BLOCK, PART, BULK_ROWS)
             if not FOLD:
                 q_block = (q_block.to(tl.float32) * inverse[:, None]).to(q_block.dtype)
         scores = tl.dot(k, tl.trans(q_block), input_precision="ieee")  # [J, M]
@@ -238,10 +224,12 @@ def gather_keys(
         else:
             scores = scores * factor - total[None, :]
         if PART:
-            sees = (queries[None, :] >= low[:, None]) & (queries[None, :] < tl.minimum(high, stop)[:, None])
+            sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
             scores = tl.where(sees, scores, float("-inf"))
         weights = tl.exp2(scores)
-        dout_block = load_rows(dout, dout_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [M, D]
+        dout_block = load_rows(
+            dout, dout_stride, column, first, queries, BLOCK, D, WIDTH, PART, BULK
+        )  # [M, D]
         dv = tl.dot(weights.to(dout_block.dtype), dout_block, dv, input_precision="ieee")
         slopes = tl.dot(v, tl.trans(dout_block), input_precision="ieee")  # [J, M]
         if NORMALIZE and FOLD:
@@ -253,8 +241,8 @@ def gather_keys(
         if FUSED:
             columns = tl.arange(0, WIDTH)
             share = tl.dot(tl.trans(narrow), k, input_precision="ieee")  # [M, D]
-            inside = (queries < stop)[:, None] & (columns < D)[None, :]
-            pointers = sums + queries[:, None] * D + columns[None, :]
+            inside = (at < queries)[:, None] & (columns < D)[None, :]
+            pointers = sums + at[:, None] * D + columns[None, :]
             if PART or D < WIDTH:
                 tl.atomic_add(pointers, share, mask=inside, sem="relaxed")
             else:
@@ -297,11 +285,11 @@ def finish_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_kernel(
-    q, k, v, dout, dq, dk, dv, totals, products, inverses, head_scale, d_scale, sums, state, slots, q_strides,
+    q, k, v, dout, dq, dk, dv, lse, products, inverses, head_scale, d_scale, sums, state, slots, q_strides,
     k_strides, v_strides, dout_strides, dq_strides, dk_strides, dv_strides, tiles, bounds, count, heads,
     queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr,
-    NORMALIZE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr,
-    FUSED: tl.constexpr, STAGES: tl.constexpr,
+    NORMALIZE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr, BULK_OWN: tl.constexpr, BULK_ROWS: tl.constexpr,
+    PEEL: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of one head: dk and dv from the statistics of the queries.
 
@@ -317,14 +305,14 @@ def keys_kernel(
     b, h = sample // heads, sample % heads
     first, last = tl.load(tile), tl.load(tile + 1)
     q_rows, q_stride, column = head_of(q, q_strides, b, h, D, BULK)
-    k_rows, k_stride, column = head_of(k, k_strides, b, h, D, BULK)
-    v_rows, v_stride, column = head_of(v, v_strides, b, h, D, BULK)
+    k_rows, k_stride, own = head_of(k, k_strides, b, h, D, BULK_OWN)
+    v_rows, v_stride, own = head_of(v, v_strides, b, h, D, BULK_OWN)
     g_rows, g_stride, column = head_of(dout, dout_strides, b, h, D, BULK)
-    k_tile = load_rows(k_rows, k_stride, column, first, last, J, D, WIDTH, True, BULK)  # [J, D]
-    v_tile = load_rows(v_rows, v_stride, column, first, last, J, D, WIDTH, True, BULK)  # [J, D]
+    k_tile = load_rows(k_rows, k_stride, own, first, last, J, D, WIDTH, True, BULK_OWN)  # [J, D]
+    v_tile = load_rows(v_rows, v_stride, own, first, last, J, D, WIDTH, True, BULK_OWN)  # [J, D]
     low = load_row(bounds, 0, first, last, J, True, False)
     high = load_row(bounds, keys, first, last, J, True, False)
-    start = tl.cast(sample, tl.int64) * queries
+    start = tl.cast(sample, tl.int64) * pitch(queries)
     factor, temperature, k_hat = scale * LOG2E, 1.0, k_tile
     if NORMALIZE:
         temperature = tl.load(head_scale + h)
@@ -339,30 +327,31 @@ def keys_kernel(
             pass
     d_key = tl.zeros([J, WIDTH], tl.float32)
     d_value = tl.zeros([J, WIDTH], tl.float32)
-    full, full_end, part, part_end = (
+    begin, blocks, whole, whole_end = (
         tl.load(tile + 2),
-        tl.load(tile + 3),
-        tl.load(tile + 4),
-        tl.load(tile + 5),
+        tl.load(tile + 3) * BLOCK,
+        tl.load(tile + 4) * BLOCK,
+        tl.load(tile + 5) * BLOCK,
     )
+    end, whole, whole_end = begin + blocks, begin + whole, begin + whole_end
     if PEEL:
         d_key, d_value = gather_keys(
-            d_key, d_value, sums, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, totals, products,
-            inverses, start, low, high, factor, full, full_end,
+            d_key, d_value, sums, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, lse, products,
+            inverses, start, low, high, factor, queries, whole, whole_end, whole, whole_end,
             D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, BULK_ROWS, False, FUSED, STAGES,
         )  # fmt: skip
     else:
-        part, part_end = tl.minimum(full, part), tl.maximum(full_end, part_end)
+        whole, whole_end = begin, begin
     d_key, d_value = gather_keys(
-        d_key, d_value, sums, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, totals, products,
-        inverses, start, low, high, factor, part, part_end,
+        d_key, d_value, sums, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, lse, products,
+        inverses, start, low, high, factor, queries, begin, end - (whole_end - whole), whole, whole_end,
         D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, BULK_ROWS, True, FUSED, STAGES,
     )  # fmt: skip
     d_rows, d_stride, _ = head_of(dv, dv_strides, b, h, D, False)
     store_rows(d_rows, d_stride, first, last, d_value, J, D, WIDTH)
     if NORMALIZE:
         d_key *= LN2 * zero_or_one(temperature) if FOLD else factor * LN2
-        k_tile = load_rows(k_rows, k_stride, column, first, last, J, D, WIDTH, True, BULK)
+        k_tile = load_rows(k_rows, k_stride, own, first, last, J, D, WIDTH, True, BULK_OWN)
         d_key, _ = through_norm(k_tile, inverse, d_key)
     else:
         d_key *= scale

@@ -18,7 +18,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 EPSILON = tl.constexpr(1e-12)
-SIZES = ["size", "slots", "count", "heads", "queries", "keys"]
+TINY = tl.constexpr(1e-30)
+"""Stands for a head scale of zero, whose gradient is found by dividing by it."""
+SIZES = ["slots", "count", "heads", "queries", "keys"]
 """Arguments whose values never make a kernel of their own."""
 LOWEST = tl.constexpr(-1e30)
 """Stands for the maximum of no score at all; minus infinity would give infinity minus infinity."""
@@ -55,16 +57,33 @@ def load_rows(
 def load_row(source, start, first, last, BLOCK: tl.constexpr, CHECK: tl.constexpr, BULK: tl.constexpr):
     """[BLOCK] numbers from `start` + `first` on; 0 from `last` on where CHECK.
 
-    `source` points to the array's beginning, or is its descriptor where BULK (and numbers from `last` on are others).
+    `source` points to the array's beginning, or is its descriptor where BULK: then `start` + `first` is a multiple of
+    4, as bulk copies need it.
     """
     at = first + tl.arange(0, BLOCK)
     if BULK:
         x = source.load([tl.cast(start + first, tl.int32)])
+        if CHECK:
+            x = tl.where(at < last, x, 0.0)
     elif CHECK:
         x = tl.load(source + start + at, mask=at < last, other=0)
     else:
         x = tl.load(source + start + at)
     return x
+
+
+@triton.jit
+def pitch(length):
+    """Numbers from one head to the next in arrays of a number for each token: bulk copies begin at 16 bytes."""
+    return (length + 3) // 4 * 4
+
+
+@triton.jit
+def block_start(column, whole, whole_end, PART: tl.constexpr):
+    """First column of a block, where PART counted without the columns `whole` to `whole_end`."""
+    if PART:
+        column += tl.where(column < whole, 0, whole_end - whole)
+    return column
 
 
 @triton.jit
@@ -98,42 +117,58 @@ def inverse_norm(x):
     return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), EPSILON)
 
 
+@triton.jit
+def nonzero(head_scale):
+    """The head scale, or something tiny instead of zero."""
+    return tl.where(head_scale == 0.0, TINY, head_scale)
+
+
 @triton.jit(do_not_specialize=SIZES)
-def norms_kernel(k, norms, strides, heads, keys, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Write 1 / |key| of BLOCK keys of one head to `norms` [B, H, L]."""
-    sample = tl.program_id(1)
-    first = tl.program_id(0) * BLOCK
-    source, stride, column = head_of(k, strides, sample // heads, sample % heads, D, False)
-    x = load_rows(source, stride, column, first, keys, BLOCK, D, WIDTH, True, False)
+def norms_kernel(
+    x, norms, head_scale, strides, heads, keys, factor, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
+):  # fmt: skip
+    """Write `factor` / |row| of BLOCK rows of one head to `norms` [B, H, L]; times the head scale where SCALED."""
+    sample = tl.program_id(0) // tl.cdiv(keys, BLOCK)
+    first = tl.program_id(0) % tl.cdiv(keys, BLOCK) * BLOCK
+    h = sample % heads
+    source, stride, column = head_of(x, strides, sample // heads, h, D, False)
+    inverse = (
+        inverse_norm(load_rows(source, stride, column, first, keys, BLOCK, D, WIDTH, True, False)) * factor
+    )
+    if SCALED:
+        inverse *= nonzero(tl.load(head_scale + h))
     rows = first + tl.arange(0, BLOCK)
-    tl.store(norms + tl.cast(sample, tl.int64) * keys + rows, inverse_norm(x), mask=rows < keys)
+    tl.store(norms + tl.cast(sample, tl.int64) * pitch(keys) + rows, inverse, mask=rows < keys)
 
 
 @triton.jit
 def _attend(
-    acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, start, stop,
+    acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, keys,
+    begin, end, whole, whole_end,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, INLINE: tl.constexpr,
     BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PART: tl.constexpr, BOUNDED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Let queries q [M, D] attend to the keys `start` to `stop`, with bounds for each query where PART.
+    """Let queries q [M, D] attend to the keys `begin` to `end` (see `block_start`), each in its bounds where PART.
 
     Returns the sums of values [M, D] and of weights [M], and the maximum [M] that they are relative to.
     """
-    for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
-        keys = first + tl.arange(0, BLOCK)
-        k_block = load_rows(k, k_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
+    for block in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        first = block_start(block, whole, whole_end, PART)
+        k_block = load_rows(k, k_stride, column, first, keys, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
         scores = tl.dot(q, tl.trans(k_block), input_precision="ieee")  # [M, J]
         if NORMALIZE:
             if INLINE:
                 inverse = inverse_norm(k_block)
             else:
-                inverse = load_row(norms, norms_start, first, stop, BLOCK, PART, BULK_ROWS)
+                inverse = load_row(norms, norms_start, first, keys, BLOCK, PART, BULK_ROWS)
             if BOUNDED:
                 scores = scores * inverse[None, :] - top[:, None]
             else:
                 scores = scores * inverse[None, :]
         if PART:
-            sees = (keys[None, :] >= low[:, None]) & (keys[None, :] < tl.minimum(high, stop)[:, None])
+            at = first + tl.arange(0, BLOCK)
+            sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
             scores = tl.where(sees, scores, float("-inf"))
         if BOUNDED:
             weights = tl.exp2(scores)
@@ -145,36 +180,39 @@ def _attend(
             acc = acc * correction[:, None]
             top = new_top
         total += tl.sum(weights, 1)
-        v_block = load_rows(v, v_stride, column, first, stop, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
+        v_block = load_rows(v, v_stride, column, first, keys, BLOCK, D, WIDTH, PART, BULK)  # [J, D]
         acc = tl.dot(weights.to(v_block.dtype), v_block, acc, input_precision="ieee")
     return acc, total, top
 
 
 @triton.jit
 def _attend_to_all(
-    top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, tile,
-    M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
+    top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, keys,
+    tile, M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
     INLINE: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr, BOUNDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Let the queries of a tile attend to both pieces of its keys: one loop each where PEEL, one over both else."""
+    """Let the queries of a tile attend to its keys: in two loops where PEEL, without and with bounds."""
     acc = tl.zeros([M, WIDTH], tl.float32)
     total = tl.zeros([M], tl.float32)
-    full, full_end, part, part_end = (
+    start, count, whole, whole_end = (
         tl.load(tile + 2),
-        tl.load(tile + 3),
-        tl.load(tile + 4),
-        tl.load(tile + 5),
+        tl.load(tile + 3) * BLOCK,
+        tl.load(tile + 4) * BLOCK,
+        tl.load(tile + 5) * BLOCK,
     )
+    end, whole, whole_end = start + count, start + whole, start + whole_end
     if PEEL:
         acc, total, top = _attend(
-            acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor,
-            full, full_end, D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, BULK_ROWS, False, BOUNDED, STAGES,
+            acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, keys,
+            whole, whole_end, whole, whole_end,
+            D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, BULK_ROWS, False, BOUNDED, STAGES,
         )  # fmt: skip
     else:
-        part, part_end = tl.minimum(full, part), tl.maximum(full_end, part_end)
+        whole, whole_end = start, start
     return _attend(
-        acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, part, part_end,
+        acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, keys,
+        start, end - (whole_end - whole), whole, whole_end,
         D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, BULK_ROWS, True, BOUNDED, STAGES,
     )  # fmt: skip
 
@@ -183,50 +221,59 @@ def _attend_to_all(
 def forward_kernel(
     q, k, v, out, lse, norms, head_scale, q_strides, k_strides, v_strides, tiles, bounds, count, heads,
     queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-    NORMALIZE: tl.constexpr, INLINE: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr,
-    STAGES: tl.constexpr, LIMIT: tl.constexpr, LIFT: tl.constexpr,
+    NORMALIZE: tl.constexpr, INLINE: tl.constexpr, BULK: tl.constexpr, BULK_OWN: tl.constexpr,
+    BULK_ROWS: tl.constexpr, PEEL: tl.constexpr, BOUNDED: tl.constexpr, STAGES: tl.constexpr,
+    LIMIT: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one head: out [B, N, H, D] and lse [B, H, N], from q, k and v of any strides (of B, L and H).
+    """One tile of one head: out [B, N, H, D] and lse [B, H, N] from q, k and v of any strides (of B, L and H).
 
-    Where NORMALIZE, the running maximum is left out for heads whose temperature, in units of log 2, is at most
-    LIMIT; the largest weight is then 2^LIFT. `norms` [B, H, L] holds 1 / |key| unless INLINE. `scale` is not
-    negative unless NORMALIZE.
+    Arrays of numbers lie as `pitch` says. Where NORMALIZE and BOUNDED, the running maximum is left out for heads
+    whose temperature, in units of log 2, is at most LIMIT; the largest weight is then 2^LIFT. `norms` [B, H, L]
+    holds 1 / |key| unless INLINE. `scale` is not negative unless NORMALIZE.
     """
     tile = tiles + tl.program_id(0) % count * 6
     sample = tl.program_id(0) // count
     b, h = sample // heads, sample % heads
     first, last = tl.load(tile), tl.load(tile + 1)
     rows = first + tl.arange(0, M)
-    q_rows, q_stride, column = head_of(q, q_strides, b, h, D, BULK)
+    q_rows, q_stride, q_column = head_of(q, q_strides, b, h, D, BULK_OWN)
     k_rows, k_stride, column = head_of(k, k_strides, b, h, D, BULK)
     v_rows, v_stride, column = head_of(v, v_strides, b, h, D, BULK)
-    q_tile = load_rows(q_rows, q_stride, column, first, last, M, D, WIDTH, True, BULK)  # [M, D]
+    q_tile = load_rows(q_rows, q_stride, q_column, first, last, M, D, WIDTH, True, BULK_OWN)  # [M, D]
     low = load_row(bounds, 0, first, last, M, True, False)
     high = load_row(bounds, queries, first, last, M, True, False)
-    norms_start = tl.cast(sample, tl.int64) * keys
+    norms_start = tl.cast(sample, tl.int64) * pitch(keys)
+    factor = scale * LOG2E
+    ceiling = factor
     if NORMALIZE:
-        temperature = tl.load(head_scale + h) * scale * LOG2E
+        temperature = tl.load(head_scale + h) * factor
         q_tile = (q_tile.to(tl.float32) * (inverse_norm(q_tile) * temperature)[:, None]).to(q_tile.dtype)
         ceiling = tl.abs(temperature)
+        factor = 1.0
+    if NORMALIZE and BOUNDED:
         if ceiling <= LIMIT:
             acc, total, top = _attend_to_all(
                 tl.zeros([M], tl.float32) + (ceiling - LIFT), q_tile, k_rows, k_stride, v_rows, v_stride, column,
-                norms, norms_start, low, high, 1.0, tile,
+                norms, norms_start, low, high, 1.0, keys, tile,
                 M, D, WIDTH, BLOCK, True, INLINE, BULK, BULK_ROWS, PEEL, True, STAGES,
             )  # fmt: skip
         else:
             acc, total, top = _attend_to_all(
                 tl.full([M], LOWEST, tl.float32), q_tile, k_rows, k_stride, v_rows, v_stride, column,
-                norms, norms_start, low, high, 1.0, tile,
+                norms, norms_start, low, high, 1.0, keys, tile,
                 M, D, WIDTH, BLOCK, True, INLINE, BULK, BULK_ROWS, PEEL, False, STAGES,
             )  # fmt: skip
     else:
         acc, total, top = _attend_to_all(
             tl.full([M], LOWEST, tl.float32), q_tile, k_rows, k_stride, v_rows, v_stride, column,
-            norms, norms_start, low, high, scale * LOG2E, tile,
-            M, D, WIDTH, BLOCK, False, INLINE, BULK, BULK_ROWS, PEEL, False, STAGES,
+            norms, norms_start, low, high, factor, keys, tile,
+            M, D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, BULK_ROWS, PEEL, False, STAGES,
         )  # fmt: skip
     total = tl.where(rows < last, total, 1.0)
-    tl.store(lse + tl.cast(sample, tl.int64) * queries + rows, (top + tl.log2(total)) * LN2, mask=rows < last)
+    tl.store(
+        lse + tl.cast(sample, tl.int64) * pitch(queries) + rows,
+        (top + tl.log2(total)) * LN2,
+        mask=rows < last,
+    )
     out += (tl.cast(b, tl.int64) * queries * heads + h) * D
     store_rows(out, heads * D, first, last, acc / total[:, None], M, D, WIDTH)
