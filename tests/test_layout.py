@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "evaluation": {"models", "tokenizers", "data"},
     "benchmarks": {"models", "training", "builders", "recipe", "settings"},
     "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},
+    "serving.py": {"models", "tokenizers", "sampling", "pictures", "report", "settings"},
     "imports.py": {"builders", "checkpoints", "models", "recipe", "settings"},
     "previews.py": {"models", "tokenizers", "data", "training", "sampling", "builders", "report", "settings"},
 }

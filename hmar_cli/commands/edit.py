@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hmar_cli.pictures.picture import Picture
     from hmar_cli.pictures.regions import Box, Length
     from hmar_cli.sampling.editing import EditSettings
+    from hmar_cli.serving import Studio
 
 EXAMPLES = """
 Edit a picture, or every picture of a folder, with a model that was never trained to edit.
@@ -39,9 +40,10 @@ depends on the seed and i alone. A run that was interrupted goes on where it sto
 - `hmar edit photo.jpg --checkpoint runs/himar-b --class-edit --label 3 --strength 0.5`
 - `hmar edit scene.png --checkpoint runs/himar-scenes --prompt "a red circle" --box 0.5,0,1,1`
 - `hmar edit photos/ --checkpoint runs/hmar-masked --inpaint --mask masks/ --out edited --dry-run`
+- `hmar edit --serve --checkpoint runs/hmar-masked`
 """
 
-REGION_PANEL, OUTPAINT_PANEL = "The region", "Out-painting"
+REGION_PANEL, OUTPAINT_PANEL, SERVE_PANEL = "The region", "Out-painting", "In the browser"
 
 WHOLE_STRENGTH = 0.6
 """Strength of an edit of the whole picture: with more, next to nothing of it would be left."""
@@ -103,8 +105,9 @@ class Request:
 
 
 def edit(
-    picture: Annotated[Path, typer.Argument(help="A picture, or a folder of pictures.")],
+    ctx: typer.Context,
     checkpoint: drawing.Checkpoint,
+    picture: Annotated[Path | None, typer.Argument(help="A picture, or a folder of pictures.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("edits"),
     inpaint: Annotated[bool, typer.Option("--inpaint", help="Draw a region anew.")] = False,
     outpaint: Annotated[bool, typer.Option("--outpaint", help="Draw the room around the picture.")] = False,
@@ -222,9 +225,37 @@ def edit(
         bool, typer.Option("--dry-run", help="Show the region as the model would see it, and stop.")
     ] = False,
     as_json: drawing.AsJson = False,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", rich_help_panel=SERVE_PANEL, help="Show a page to edit on, in the browser."),
+    ] = False,
+    host: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=SERVE_PANEL, help="Address; others than this computer's are open to all."
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, rich_help_panel=SERVE_PANEL, help="Its port.")
+    ] = 7860,
 ) -> None:
     """Edit pictures; the help text is `EXAMPLES`."""
     given = drawing.given_settings(locals())
+    if serve:
+        check_served(ctx)
+        from hmar_cli import serving
+
+        serving.check_installed()
+        studio = open_studio(
+            checkpoint, given, strength, keep_scales, text_weights, weights, tokenizer, device, precision
+        )
+        first = serving.Start(strength or 1.0, variations, seed, feather, match_colours)
+        serving.serve(studio, first, host, port)
+        return
+    if picture is None:
+        raise UserError(
+            "no picture to edit", "give a picture or a folder, or --serve for a page in the browser"
+        )
     kind = choose_kind(inpaint, outpaint, class_edit, bool(label), bool(prompt))
     request = read_request(
         kind, box or [], mask, invert, [left, top, right, bottom], canvas, context, window, overlap, feather
@@ -271,6 +302,82 @@ def edit(
     report = run.look(files) if dry_run else run.edit(files)
     if as_json:
         print(json.dumps({**about, "pictures": report}, indent=2, ensure_ascii=False))
+
+
+SERVED = {
+    "checkpoint",
+    "text_weights",
+    "feather",
+    "strength",
+    "keep_scales",
+    "variations",
+    "match_colours",
+    "seed",
+}
+SERVED |= {"weights", "tokenizer", "device", "precision", "serve", "host", "port", *drawing.SETTINGS}
+"""Flags that go with --serve."""
+
+
+def check_served(ctx: typer.Context) -> None:
+    """Refuse what is chosen on the page.
+
+    Raises:
+        UserError: flags or a picture beside --serve that would have no effect.
+    """
+    given = [
+        name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if foreign := [name for name in given if name not in SERVED]:
+        what = ", ".join(
+            "a picture" if name == "picture" else f"--{name.replace('_', '-')}" for name in foreign
+        )
+        raise UserError(f"--serve takes no {what.removeprefix('a ')}", "choose it on the page")
+
+
+def open_studio(
+    checkpoint: Path,
+    given: dict[str, Any],
+    strength: float | None,
+    keep_scales: int | None,
+    text_weights: Path | None,
+    weights: str,
+    tokenizer: Path | None,
+    device: str,
+    precision: str,
+) -> "Studio":
+    """Load a model for the page.
+
+    Raises:
+        UserError: flags that cannot be followed, or a checkpoint of something else.
+    """
+    from hmar_cli.builders import load_model
+    from hmar_cli.checkpoints.store import open_checkpoint
+    from hmar_cli.launch import check_device
+    from hmar_cli.sampling.images import Prompts
+    from hmar_cli.serving import Studio
+
+    check_device(device)
+    source = open_checkpoint(checkpoint)
+    settings = drawing.resolve(source, given)
+    region = read_request("inpaint", ["0.0,0.0,1.0,1.0"], None, False, ["0"] * 4, "", 0, 0, 0.5, None)
+    chosen = edit_settings(source, region, strength, keep_scales)
+    text = drawing.text_settings(source, text_weights)
+    prompts = drawing.conditions_for(text, [], []) if text else None
+    assert prompts is None or isinstance(prompts, Prompts)
+    model, codec, _ = load_model(checkpoint, weights, tokenizer)
+    place = _place(device)
+    return Studio(
+        name=checkpoint.resolve().name,
+        model=model.to(place),
+        tokenizer=codec.to(place),
+        settings=settings,
+        class_names=() if text else source.class_names,
+        prompts=prompts,
+        keep_scales=chosen.keep_scales,
+        whole_strength=WHOLE_STRENGTH,
+        together=4 if place.type == "cuda" else 1,  # alone the first comes sooner
+        precision=precision,
+    )
 
 
 def choose_kind(inpaint: bool, outpaint: bool, class_edit: bool, label: bool, prompt: bool) -> Kind:
