@@ -2,6 +2,8 @@
 small inputs have several. `test_scale_attention` judges the operation with the settings that it chooses itself."""
 
 import dataclasses
+import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -120,3 +122,32 @@ def test_negative_softmax_scale_without_normalisation() -> None:
     q, k, v = qkv.unbind(2)
     turned, same = triton_attention.forward((-q, k, v), lengths_of(sides), True, 0.5, None)
     assert torch.equal(out, turned) and torch.equal(lse, same)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_tuning_ranks_what_it_measured(monkeypatch: pytest.MonkeyPatch, normalized: bool) -> None:
+    """Every kind of kernel runs; settings that the chip has no room for are left out."""
+    times = {PLAIN: 2.0, Setting(32, 16): 1.0, Setting(64, 64): 0.0}
+
+    def measured(run: Callable[[Setting], None], setting: Setting) -> float:
+        if times[setting]:
+            run(setting)
+        return times[setting]
+
+    monkeypatch.setattr(triton_attention, "candidates", lambda *_: list(times))
+    monkeypatch.setattr(triton_attention, "_milliseconds", measured)
+    place = {"dtype": torch.float32, "device": torch.device("cpu")}
+    found = triton_attention.tune(
+        (1, 4), True, batch=1, heads=1, head_size=32, normalized=normalized, **place
+    )
+    assert json.loads(json.dumps(found)) == found
+    for kind in ("forward", "queries", "keys", "fused"):
+        assert [(entry["ms"], entry["rows"]) for entry in found[kind]] == [(1.0, 32), (2.0, 16)]
+    assert found["one_pass"] and set(found["chosen"]) == {"forward", "keys", "queries"}
+
+
+@pytest.mark.parametrize("kind", ["forward", "queries", "keys", "fused"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_candidates_differ(kind: str, size: int) -> None:
+    found = triton_attention.candidates(kind, size, True)
+    assert len(set(found)) == len(found) > 3

@@ -1,0 +1,199 @@
+"""Triton's kernels on a GPU: every way of working that a table may choose, repetition under load, memory, graphs."""
+
+import dataclasses
+
+import pytest
+import torch
+from hmar_kernels import scale_attention
+from judging import bounds_of, compare, inputs, lengths_of
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+triton_attention = pytest.importorskip("hmar_kernels.triton_attention")
+Setting, Settings = triton_attention.Setting, triton_attention.Settings
+
+DEVICE = torch.device("cuda", 0)
+PATTERNS = ["causal", "diagonal"]
+SIDES = (1, 2, (1, 3), (2, 9), 13, (3, 47), 9)
+"""Scales that begin anywhere, so that no column number lies at 16 bytes by chance."""
+PAPER = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+BOTH = {"bulk": True, "bulk_rows": True}
+WAYS = {
+    "pointers": Setting(64, 64, 4, 2),
+    "pointers, one stage": Setting(64, 64, 4, 1),
+    "descriptors": Setting(64, 64, 4, 2, **BOTH),
+    "descriptors of blocks": Setting(64, 64, 4, 2, bulk=True, bulk_own=False),
+    "descriptors, numbers by pointers": Setting(64, 64, 4, 2, bulk=True),
+    "three stages": Setting(64, 64, 4, 3, **BOTH),
+    "wide": Setting(128, 64, 8, 2, **BOTH),
+    "wide, three stages": Setting(128, 64, 8, 3, **BOTH),
+    "narrow": Setting(64, 32, 4, 3, **BOTH),
+    "one loop": Setting(64, 64, 4, 2, **BOTH, peel=False),
+}
+FORWARD = {
+    "default": triton_attention.WIDE,
+    "norms inside": Setting(64, 64, 4, 3, **BOTH, inline=True),
+    "bounded": Setting(128, 64, 4, 3, **BOTH, bounded=True),
+    "norms inside, bounded": Setting(64, 64, 4, 2, **BOTH, inline=True, bounded=True),
+}
+
+
+def run(setting: Setting, one_pass: bool, qkv: Tensor, grad: Tensor, rest: tuple) -> dict[str, Tensor]:
+    """Output, log-sum-exp and gradients of one setting; all memory holds NaN at first."""
+    settings = Settings(setting, setting, None if one_pass else setting)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is filled with NaN
+    try:
+        out, lse = triton_attention.forward(qkv.unbind(2), *rest, settings)
+        gradients = torch.empty_like(qkv).unbind(2)
+        d_scale = triton_attention.backward(grad, qkv.unbind(2), out, lse, gradients, *rest, settings)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = {
+        "out": out,
+        "lse": lse[:, :, : out.shape[1]],
+        **dict(zip(("dq", "dk", "dv"), gradients, strict=True)),
+    }
+    return found | ({} if rest[3] is None else {"dscale": d_scale})
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
+@pytest.mark.parametrize("way", WAYS)
+def test_ways(way: str, one_pass: bool, pattern: str, dtype: torch.dtype, normalized: bool) -> None:
+    qkv, grad, scale = inputs(SIDES, heads=3, size=64, dtype=dtype, device=str(DEVICE))
+    scale = scale if normalized else None
+    found = run(WAYS[way], one_pass, qkv, grad, (lengths_of(SIDES), pattern == "causal", 0.3, scale))
+    compare("triton", found, bounds_of(qkv, grad, scale, SIDES, pattern, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("way", FORWARD)
+def test_ways_forward(way: str, pattern: str, dtype: torch.dtype) -> None:
+    """Head scales on both sides of where the temperature stands for the maximum."""
+    qkv, grad, _ = inputs(SIDES, heads=4, size=64, dtype=dtype, device=str(DEVICE))
+    scale = torch.tensor([3.0, 9.0, -41.0, 60.0], device=DEVICE)
+    setting = FORWARD[way]
+    settings = Settings(setting, setting, None)
+    out, lse = triton_attention.forward(
+        qkv.unbind(2), lengths_of(SIDES), pattern == "causal", 1.0, scale, settings
+    )
+    bounds = bounds_of(qkv, grad, scale, SIDES, pattern, 1.0)
+    bounds["out"].check(out, "out")
+    bounds["lse"].check(lse[:, :, : out.shape[1]], "lse")
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("way", [*WAYS, "default"])
+def test_results_do_not_depend_on_load(way: str, pattern: str, normalized: bool) -> None:
+    """Images get, bit for bit, what they get alone, whatever else the chip works on and its memory waits for.
+
+    In one pass the queries' gradients are sums in any order; all else repeats.
+    """
+    images, heads = 96, 24
+    qkv, grad, _ = inputs(PAPER, images, heads, 64, torch.bfloat16, str(DEVICE))
+    scale = torch.full((heads,), 5.0, device=DEVICE) if normalized else None
+    rest = (lengths_of(PAPER), pattern == "causal", 0.5, scale)
+    few = (0, 47, 95)
+    for one_pass in (False, True):
+        setting = triton_attention.WIDE if way == "default" else WAYS[way]
+        if way == "default":
+            chosen = triton_attention.settings_for(rest[0], rest[1], 64, torch.bfloat16)
+            setting = chosen.queries or chosen.keys
+        found = run(setting, one_pass, qkv, grad, rest)
+        for image in few:
+            at = slice(image, image + 1)
+            alone = run(setting, one_pass, qkv[at].clone(), grad[at].clone(), rest)
+            for key in {"out", "lse", "dk", "dv"} | (set() if one_pass else {"dq"}):
+                assert torch.equal(found[key][at], alone[key]), f"{key} of image {image}"
+        if one_pass:
+            part = slice(47, 48)
+            bounds = bounds_of(qkv[part], grad[part], scale, PAPER, pattern, 0.5)
+            bounds["dq"].check(found["dq"][part], "dq")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_heads_take_turns(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass with sums for two heads at a time, the others wait; each leaves them at zero."""
+    monkeypatch.setattr(triton_attention, "_slots", lambda *_: 2)
+    qkv, grad, scale = inputs(SIDES, 8, 8, 64, torch.bfloat16, str(DEVICE))
+    found = run(WAYS["wide"], True, qkv, grad, (lengths_of(SIDES), pattern == "causal", 0.3, scale))
+    compare("triton", found, bounds_of(qkv, grad, scale, SIDES, pattern, 0.3))
+
+
+CONSTANT = {False: 2**20, True: 2**24}
+"""Bytes beside: parts of the head scale's gradient; in one pass sums for the heads in work, whatever the batch."""
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
+@pytest.mark.parametrize("batch", [4, 16])
+def test_memory(batch: int, one_pass: bool, normalized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most inputs, outputs (the log-sum-exp is one), gradients and two float32 numbers per token and head."""
+    choose = triton_attention.settings_for
+
+    def settings(*given: object) -> Settings:
+        chosen = choose(*given)
+        return chosen._replace(queries=None if one_pass else chosen.queries or chosen.keys)
+
+    monkeypatch.setattr(triton_attention, "settings_for", settings)
+    heads, total = 24, sum(lengths_of(PAPER))
+    qkv, grad, _ = inputs(PAPER, batch, heads, 64, torch.bfloat16, str(DEVICE))
+    qkv.requires_grad_()
+    scale = torch.full((heads,), 5.0, device=DEVICE, requires_grad=True) if normalized else None
+    given = [qkv] if scale is None else [qkv, scale]
+
+    def once() -> list[Tensor]:
+        out = scale_attention(qkv, PAPER, "diagonal", head_scale=scale, implementation="triton")
+        return [out, *torch.autograd.grad(out, given, grad)]
+
+    once()  # compiles, and makes the tables
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = once()
+    torch.cuda.synchronize()
+    took = torch.cuda.max_memory_allocated() - before
+    rows = 4 * batch * heads * total
+    assert took <= sum(x.nbytes for x in results) + rows + 2 * rows + CONSTANT[one_pass]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_graph_of_scales_never_seen_before(pattern: str) -> None:
+    """Kernels are compiled, tables are not there yet: recording makes them, and replays read them."""
+    qkv, _, scale = inputs((1, 2, 11), 2, 4, 64, torch.bfloat16, str(DEVICE))
+    for sides in ((1, 2, 11), (11, 1, 2)):
+        scale_attention(qkv, sides, pattern, head_scale=scale, implementation="triton")
+    torch.cuda.synchronize()
+    new = (2, 11, 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        recorded = scale_attention(qkv, new, pattern, head_scale=scale, implementation="triton")
+    torch.empty(2**22, device=DEVICE).fill_(float("nan"))
+    graph.replay()
+    expected = scale_attention(qkv, new, pattern, head_scale=scale, implementation="triton")
+    assert torch.equal(recorded, expected)
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_tuning(normalized: bool) -> None:
+    """Every candidate is measured or left out; what it found is sorted."""
+    found = triton_attention.tune(
+        lengths_of((1, 2, 8)),
+        False,
+        batch=2,
+        heads=2,
+        head_size=64,
+        dtype=torch.bfloat16,
+        normalized=normalized,
+        device=DEVICE,
+    )
+    for kind in ("forward", "queries", "keys", "fused"):
+        times = [entry["ms"] for entry in found[kind]]
+        assert times == sorted(times) and times[0] > 0
+        fields = {field.name for field in dataclasses.fields(Setting)}
+        assert all(set(entry) == {"ms", *fields} for entry in found[kind])
