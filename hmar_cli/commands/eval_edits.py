@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from hmar_cli.data.transforms import Pixels
     from hmar_cli.evaluation.edits import Fill, HeldOut, Report
     from hmar_cli.pictures.painter import ModelPainter
-    from hmar_cli.sampling.editing import EditSettings
     from hmar_cli.sampling.images import Conditions
 
 EXAMPLES = """
@@ -95,14 +94,14 @@ def edits(
     """Measure fills; the help text is `EXAMPLES`."""
     given = drawing.given_settings(locals())
     from hmar_cli.checkpoints.store import open_checkpoint
-    from hmar_cli.commands.edit import edit_settings
     from hmar_cli.launch import check_device
+    from hmar_cli.pictures.request import edit_settings, erases
 
     check_device(device)
     wanted = read_masks(masks)
     opened = open_checkpoint(checkpoint)
     settings = drawing.resolve(opened, given)
-    chosen = edit_settings(opened, _some_region(), strength, keep_scales)
+    chosen = edit_settings(opened.recipe.tokenizer, False, strength, keep_scales)
     if labels == "none" and (
         guides := [name for name in ("cfg", "pivot_cfg", "refine_cfg") if name in given]
     ):
@@ -132,7 +131,7 @@ def edits(
         seed=seed,
         precision=precision,
     )
-    erased = _erases(chosen) if erase is None else erase
+    erased = erases(chosen, whole=False) if erase is None else erase
     together = batch_size or opened.recipe.sample.batch_size
     _say_what_is_left_out(held_out, painter.select_attention(together))
     report = measure_fills(
@@ -212,20 +211,6 @@ def describe_report(report: "Report", held_out: "HeldOut") -> dict[str, Any]:
         "originals_seam": report.seams,
         "rows": [row.describe(report.labelled) for row in report.rows],
     }
-
-
-def _some_region() -> Any:
-    """A request for a region within a picture, for `hmar edit`'s defaults."""
-    from hmar_cli.commands.edit import read_request
-
-    return read_request("inpaint", ["0.25,0.25,0.75,0.75"], None, False, ["0"] * 4, "", 0.5, 0, 0.5, None)
-
-
-def _erases(chosen: "EditSettings") -> bool:
-    """What `hmar edit` does by default with a region within a picture."""
-    from hmar_cli.commands.edit import KEPT
-
-    return chosen.strength == 1 and chosen.keep_scales <= KEPT
 
 
 def _say_what_is_left_out(held_out: "HeldOut", attention: str) -> None:

@@ -16,9 +16,9 @@ from hmar_cli import report
 from hmar_cli.app import app
 from hmar_cli.builders import build_model, build_tokenizer, load_model
 from hmar_cli.checkpoints.store import save_checkpoint
-from hmar_cli.commands import edit as command
 from hmar_cli.pictures import picture as limits
 from hmar_cli.pictures.painter import ModelPainter, without_condition
+from hmar_cli.pictures.request import SUFFIXES
 from hmar_cli.recipe import load_recipe
 from hmar_cli.sampling.editing import EditSettings
 from hmar_cli.settings import KlObjective, MsvqObjective
@@ -451,7 +451,7 @@ def test_pictures_that_cannot_be_read(world: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_every_suffix_of_a_folder_is_one_that_can_be_opened() -> None:
-    assert set(Image.registered_extensions()) >= command.SUFFIXES
+    assert set(Image.registered_extensions()) >= SUFFIXES
 
 
 @pytest.mark.parametrize("name", ["hmar", "himar"])
