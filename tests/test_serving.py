@@ -10,27 +10,25 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from hmar_cli import serving
 from hmar_cli.app import app
-from hmar_cli.builders import build_model, build_tokenizer, load_model
-from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint
+from hmar_cli.builders import load_model
+from hmar_cli.checkpoints.store import open_checkpoint
 from hmar_cli.commands.drawing import conditions_for, resolve
 from hmar_cli.errors import UserError
 from hmar_cli.pictures.picture import read_picture
 from hmar_cli.recipe import load_recipe
 from hmar_cli.serving import Studio, Wish, copy_to_paint_on, in_page_words, is_loopback, region_of
-from hmar_cli.settings import KlObjective, MsvqObjective
+from hmar_cli.settings import Recipe
 
 VAR = """
 [data]
@@ -101,35 +99,17 @@ needs_gradio = pytest.mark.skipif("gradio" in MISSING, reason="Gradio is not ins
 needs_browser = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
 
+SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, save_random: SaveRandom) -> Path:
     """A folder with two random checkpoints and some pictures."""
     folder = tmp_path_factory.mktemp("serving")
     for name, text in {"var": VAR, "text": TEXT}.items():
         (folder / f"{name}.toml").write_text(text)
         recipe = load_recipe(str(folder / f"{name}.toml"))
-        torch.manual_seed(0)
-        tokenizer, model = build_tokenizer(recipe.tokenizer), build_model(recipe)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        objective = MsvqObjective() if name == "var" else KlObjective()
-        shared: dict[str, Any] = {"step": 1, "tokenizer_hash": tokenizer.fingerprint()}
-        save_checkpoint(
-            folder / "tokenizers" / name,
-            recipe=replace(recipe, model=None, text=None, objective=objective),
-            weights={"model": tokenizer.state_dict()},
-            class_names=(),
-            tokenizer=None,
-            **shared,
-        )
-        save_checkpoint(
-            folder / name,
-            recipe=recipe,
-            weights={"model": model.state_dict()},
-            class_names=("circle", "square") if name == "var" else (),
-            tokenizer=folder / "tokenizers" / name,
-            **shared,
-        )
+        save_random(folder / name, recipe, ("circle", "square") if name == "var" else ())
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     (folder / "not a picture.png").write_text("hello")

@@ -2,26 +2,24 @@
 
 import errno
 import json
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from hmar_cli import report
 from hmar_cli.app import app
-from hmar_cli.builders import build_model, build_tokenizer, load_model
-from hmar_cli.checkpoints.store import save_checkpoint
+from hmar_cli.builders import load_model
 from hmar_cli.pictures import picture as limits
 from hmar_cli.pictures.painter import ModelPainter, without_condition
 from hmar_cli.pictures.request import SUFFIXES
 from hmar_cli.recipe import load_recipe
 from hmar_cli.sampling.editing import EditSettings
-from hmar_cli.settings import KlObjective, MsvqObjective
+from hmar_cli.settings import Recipe
 
 MSVQ = """
 [data]
@@ -122,35 +120,17 @@ def hmar(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, save_random: SaveRandom) -> Path:
     """A folder with a random checkpoint of each family, and a text model."""
     folder = tmp_path_factory.mktemp("edit")
     for name, text in RECIPES.items():
         (folder / f"{name}.toml").write_text(text)
         recipe = load_recipe(str(folder / f"{name}.toml"))
-        torch.manual_seed(0)
-        tokenizer, model = build_tokenizer(recipe.tokenizer), build_model(recipe)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        objective = MsvqObjective() if name in ("var", "hmar") else KlObjective()
-        shared: dict[str, Any] = {"step": 1, "tokenizer_hash": tokenizer.fingerprint()}
-        save_checkpoint(
-            folder / "tokenizers" / name,
-            recipe=replace(recipe, model=None, text=None, objective=objective),
-            weights={"model": tokenizer.state_dict()},
-            class_names=(),
-            tokenizer=None,
-            **shared,
-        )
-        save_checkpoint(
-            folder / name,
-            recipe=recipe,
-            weights={"model": model.state_dict()},
-            class_names=CLASSES,
-            tokenizer=folder / "tokenizers" / name,
-            **shared,
-        )
+        save_random(folder / name, recipe, CLASSES)
     return folder
 
 

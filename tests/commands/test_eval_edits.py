@@ -1,23 +1,22 @@
 """`hmar eval edits` on small random models of all four families, by the command alone."""
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
-from hmar_cli.builders import build_image_network, build_model, build_tokenizer
+from hmar_cli.builders import build_image_network
 from hmar_cli.checkpoints.store import save_checkpoint
 from hmar_cli.data.shapes import SHAPES
 from hmar_cli.pictures.painter import ModelPainter
 from hmar_cli.recipe import load_recipe
-from hmar_cli.settings import KlObjective, MsvqObjective
+from hmar_cli.settings import Recipe
 
 NEXT = ("model.depth=1", "model.width=64", "model.heads=2", "model.num_classes=8")
 MASKED = (
@@ -45,34 +44,16 @@ def hmar(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]
+
+
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory, save_random: SaveRandom) -> Path:
     """A folder with a random checkpoint of each family, a text model and a classifier."""
     folder = tmp_path_factory.mktemp("edits")
     for name, (shipped, changes) in RECIPES.items():
         recipe = load_recipe(shipped, changes)
-        torch.manual_seed(0)
-        tokenizer, model = build_tokenizer(recipe.tokenizer), build_model(recipe)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        objective = MsvqObjective() if name in ("var", "hmar") else KlObjective()
-        shared: dict[str, Any] = {"step": 1, "tokenizer_hash": tokenizer.fingerprint()}
-        save_checkpoint(
-            folder / "tokenizers" / name,
-            recipe=replace(recipe, model=None, text=None, objective=objective),
-            weights={"model": tokenizer.state_dict()},
-            class_names=(),
-            tokenizer=None,
-            **shared,
-        )
-        save_checkpoint(
-            folder / name,
-            recipe=recipe,
-            weights={"model": model.state_dict()},
-            class_names=() if name == "text" else SHAPES,
-            tokenizer=folder / "tokenizers" / name,
-            **shared,
-        )
+        save_random(folder / name, recipe, () if name == "text" else SHAPES)
     recipe = load_recipe("classifier-tiny", ("model.channels=8",))
     network = build_image_network(recipe)
     save_checkpoint(
