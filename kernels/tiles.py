@@ -27,7 +27,7 @@ class Span(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows `first` to `last`, and their columns in `count` blocks from `start` on (ends excluded).
+    """Rows `first` to `last`, and their columns in `blocks` blocks from `start` on (ends excluded).
 
     All rows see all columns of the blocks `whole` to `whole_end`. In the other blocks each row has its own bounds.
     """
@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     first: int
     last: int
     start: int
-    count: int
+    blocks: int
     whole: int
     whole_end: int
 
@@ -115,13 +115,13 @@ def cut(spans: Sequence[Span], rows: int, block: int, guarded: bool = False, ali
         choices = []
         for last in ends(first):
             tile = _tile(first, last, spans, block, rows if guarded else 0, align)
-            choices.append((START + tile.count + best[last][0], tile))
+            choices.append((START + tile.blocks + best[last][0], tile))
         best[first] = min(choices, key=lambda choice: (choice[0], -choice[1].last))
     tiles, first = [], 0
     while (tile_at := best[first][1]) is not None:
         tiles.append(tile_at)
         first = tile_at.last
-    return sorted(tiles, key=lambda tile: -tile.count)
+    return sorted(tiles, key=lambda tile: -tile.blocks)
 
 
 @cache

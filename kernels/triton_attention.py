@@ -165,7 +165,8 @@ def _numbers(x: Tensor, block: int, bulk: bool) -> Any:
 def _schedule(cut: tuple[Any, ...], device: torch.device) -> Schedule:
     """A schedule on a device."""
     plan = schedule(*cut)
-    return Schedule(*to_device(plan[:2], device), plan.size)
+    tiles, bounds = to_device(plan[:2], device)
+    return Schedule(tiles, bounds, plan.size)
 
 
 @dataclass(frozen=True)
@@ -518,7 +519,8 @@ def _steps(kind: str, qkv: Tensor, rest: tuple[Any, ...]) -> Callable[[Setting],
 
     def run(s: Setting) -> None:
         if kind == "forward":
-            forward(parts, *rest, Settings(s, s, s))
+            lengths, causal, softmax_scale, head_scale = rest
+            forward(parts, lengths, causal, softmax_scale, head_scale, Settings(s, s, s))
         elif kind == "queries":
             _over_queries(call, dout, out, lse, gradients, products, inverses, s)
         else:

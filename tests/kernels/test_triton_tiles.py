@@ -46,7 +46,7 @@ def test_tiles_cover_what_is_seen(
 
 
 def test_expensive_tiles_come_first() -> None:
-    costs = [tile.count for tile in cut(query_spans((1, 4, 9, 64, 100), 178, True), 32, 16)]
+    costs = [tile.blocks for tile in cut(query_spans((1, 4, 9, 64, 100), 178, True), 32, 16)]
     assert costs == sorted(costs, reverse=True)
 
 
@@ -66,7 +66,7 @@ def test_keys_that_no_query_sees() -> None:
     """Of a cache, where the pattern is diagonal: their tiles have no columns."""
     spans = key_spans((16, 9), 9, False)
     assert spans == [Span(0, 16, 0, 0), Span(16, 25, 0, 9)]
-    assert [tile.count for tile in cut(spans, 8, 8)] == [2, 2, 0, 0]
+    assert [tile.blocks for tile in cut(spans, 8, 8)] == [2, 2, 0, 0]
 
 
 def test_a_schedule_is_made_once() -> None:
