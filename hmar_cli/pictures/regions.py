@@ -42,7 +42,9 @@ class Box:
         x0, y0, x1, y1 = self.edges
         if self.shares:
             x0, y0, x1, y1 = x0 * width, y0 * height, x1 * width, y1 * height
-        left, top, right, bottom = math.floor(x0), math.floor(y0), math.ceil(x1), math.ceil(y1)
+        near = 1e-6  # 0.07 of 100 is 7, whatever floating point makes of it
+        left, top = math.floor(x0 + near), math.floor(y0 + near)
+        right, bottom = math.ceil(x1 - near), math.ceil(y1 - near)
         if left < 0 or top < 0 or right > width or bottom > height:
             raise UserError(
                 f"the box {left},{top},{right},{bottom} reaches out of {name}, which has {width} x {height} pixels",
@@ -231,8 +233,9 @@ def bounds(region: Pixels) -> tuple[int, int, int, int]:
 def grow(region: Pixels, radius: int) -> Pixels:
     """The largest value within a square of `radius` pixels around each pixel."""
     for axis in (0, 1):
-        width = 2 * radius + 1
-        padding = [(radius, radius) if each == axis else (0, 0) for each in (0, 1)]
+        reach = min(radius, region.shape[axis])  # what lies beyond is nothing
+        width = 2 * reach + 1
+        padding = [(reach, reach) if each == axis else (0, 0) for each in (0, 1)]
         values = np.moveaxis(np.pad(region, padding), axis, 0)  # the axis comes first
         span = 1  # values[i] is the largest of `span` from i on
         while 2 * span <= width:

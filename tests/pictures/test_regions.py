@@ -39,6 +39,8 @@ def distance(region: np.ndarray) -> np.ndarray:
         ("0.01,0.01,0.02,0.02", (10, 10), (0, 0, 1, 1)),  # a share of a pixel is the whole
         ("0,0,1,1", (10, 10), (0, 0, 1, 1)),
         ("0.,0,1,1", (10, 10), (0, 0, 10, 10)),
+        ("0.29,0.57,0.58,0.7", (100, 100), (29, 57, 58, 70)),  # in floating point 28.99 … and 57.99 …
+        ("0.07,0,0.28,0.14", (100, 100), (7, 0, 28, 14)),
     ],
 )
 def test_boxes_are_pixels_or_shares(
@@ -134,7 +136,7 @@ def test_an_empty_region() -> None:
 
 def test_grow_takes_the_largest_of_a_square() -> None:
     rng = np.random.default_rng(0)
-    for radius in (0, 1, 2, 3, 5, 9):
+    for radius in (0, 1, 2, 3, 5, 9, 40):
         region = rng.integers(0, 256, (7, 12), np.uint8)
         expected = [
             [
@@ -144,6 +146,7 @@ def test_grow_takes_the_largest_of_a_square() -> None:
             for y in range(7)
         ]
         assert (grow(region, radius) == expected).all()
+    assert (grow(region, 10**9) == region.max()).all()  # without room for as many pixels
 
 
 def test_the_feather_falls_from_the_region_to_nothing() -> None:
