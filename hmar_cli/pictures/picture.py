@@ -20,6 +20,9 @@ from hmar_cli.errors import UserError
 LIMIT = 1 << 26
 """Most pixels of a picture, a mask or a canvas: 8192 x 8192."""
 
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+"""What is read, by content. PIL knows more, among them PostScript, for which it would start a program."""
+
 Pixels = npt.NDArray[np.uint8]
 Colour = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
@@ -129,7 +132,8 @@ def read_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image = Image.open(path)
+            Image.init()
+            image = Image.open(path, formats=[each for each in FORMATS if each in Image.OPEN])
             check_size(image.height, image.width, str(path))
             image.load()
         ImageOps.exif_transpose(image, in_place=True)

@@ -111,6 +111,10 @@ def test_files_that_are_no_pictures(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:6000])
     with pytest.raises(UserError, match="not a readable picture"):
         read_picture(tmp_path / "half.png")
+    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "script.eps")
+    (tmp_path / "script.eps").rename(tmp_path / "script.png")
+    with pytest.raises(UserError, match="not a readable picture"):
+        read_picture(tmp_path / "script.png")  # PostScript is a program
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(UserError, match="no colours of 8 or 16 bits"):
         read_picture(tmp_path / "float.tiff")
