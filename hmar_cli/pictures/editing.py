@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from hmar_cli.pictures.compositing import fit, match_colours, paste
-from hmar_cli.pictures.picture import LIMIT, Picture, Pixels
+from hmar_cli.pictures.picture import LIMIT, Picture, Pixels, check_size
 from hmar_cli.pictures.regions import Room, bounds, feathered, room_region
 from hmar_cli.pictures.windows import (
     CONTEXT,
@@ -102,9 +102,10 @@ def plan_region(
         feather: pixels; by default 1/32 of the window's shorter side.
 
     Raises:
-        UserError: an empty region.
+        UserError: an empty region, or one so long that its window would be too large.
     """
     window = window_around(bounds(region), picture.size, model, context)
+    check_size(window.height, window.width, "the window that shows the region")
     return Plan(picture, region, (window,), _feather(window, feather), blank=False)
 
 
@@ -126,9 +127,13 @@ def plan_room(
         height: of a window, in pixels of the picture; 0 takes the largest that the picture fills.
         overlap: share of a window that is known when its turn comes, at least.
         feather: pixels; by default 1/32 of a window's shorter side.
+
+    Raises:
+        UserError: windows that are too large or too many.
     """
     scale = height / model[0] if height else min(picture.size[0] / model[0], picture.size[1] / model[1])
     side = max(2, round(scale * model[0])), max(2, round(scale * model[1]))
+    check_size(*side, "a window")
     inner = room.left, room.top, room.left + picture.size[1], room.top + picture.size[0]
     region = room_region(room, picture.size)
     todo, windows = region.copy(), []
@@ -317,11 +322,10 @@ def shown_region(plan: Plan) -> Pixels:
     image = Image.fromarray(_tinted(tile, 0.6 * region, (255, 0, 0)))
     pen, scale = ImageDraw.Draw(image), tile.shape[1] / plan.canvas.size[1]
     for window in plan.windows:
-        left, top = window.left * scale, window.top * scale
-        right, bottom = left + window.width * scale - 1, top + window.height * scale - 1
-        pen.rectangle(
-            (max(left, 0), max(top, 0), min(right, size[0] - 1), min(bottom, size[1] - 1)), outline="blue"
-        )
+        left, top = max(window.left * scale, 0), max(window.top * scale, 0)
+        right = min((window.left + window.width) * scale, size[0]) - 1
+        bottom = min((window.top + window.height) * scale, size[1]) - 1
+        pen.rectangle((left, top, max(left, right), max(top, bottom)), outline="blue")
     return np.asarray(image)
 
 

@@ -12,11 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from hmar_cli.errors import UserError
 from hmar_cli.pictures.compositing import extend
 from hmar_cli.pictures.picture import Picture, Pixels
 
 CONTEXT = 0.5
 """Share of a region's sides that a window shows around it, on each side, where there is room."""
+
+MOST = 1 << 14
+"""Most windows of a walk."""
 
 RIM = 16
 """A window's rim is this part of its sides."""
@@ -121,6 +125,7 @@ def walk(
 
     Raises:
         ValueError: an overlap out of range, or windows too small to overlap.
+        UserError: more than `MOST` windows.
     """
     if not 0.25 <= overlap < 1:
         raise ValueError(f"expected an overlap of 0.25 or more and below 1, got {overlap}")
@@ -129,6 +134,11 @@ def walk(
     left, top, right, bottom = inner
     rows = _stops(size[0], top, bottom, window[0], overlap)
     columns = _stops(size[1], left, right, window[1], overlap)
+    if (count := len(rows) * len(columns)) > MOST:
+        raise UserError(
+            f"the canvas takes {count} windows of {window[1]} x {window[0]} pixels, more than {MOST}",
+            "give a larger --window, a smaller canvas, or enlarge the picture before",
+        )
     windows = [Window(row, column, *window) for row, column in itertools.product(rows, columns)]
 
     def distance(each: Window) -> tuple[float, int, int]:

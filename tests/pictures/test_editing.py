@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hmar_cli.errors import UserError
 from hmar_cli.pictures import editing
 from hmar_cli.pictures.editing import (
     TokenView,
@@ -215,3 +216,20 @@ def test_sheets_of_odd_sizes(size: tuple[int, int]) -> None:
     image = sheet(plan, reconstruction(plan, Noisy()), [picture])
     assert image.width > 100 and image.height > 20
     assert preview(plan, window_views(plan, Noisy())).width > 300
+
+
+def test_sheets_of_slivers() -> None:
+    for size, box in (((8, 20000), (5000, 2, 5020, 6)), ((20000, 8), (2, 19990, 6, 20000))):
+        picture = Picture(np.zeros((*size, 3), np.uint8))
+        plan = plan_region(picture, box_region(size, [box]), (16, 16))
+        assert sheet(plan, reconstruction(plan, Noisy()), [picture]).height > 0
+        assert preview(plan, window_views(plan, Noisy())).width > 300
+
+
+def test_windows_that_are_too_large_are_refused() -> None:
+    long = Picture(np.zeros((8, 20000, 1), np.uint8))
+    with pytest.raises(UserError, match="the window that shows the region: 20000 x 20000 pixels are more"):
+        plan_region(long, np.full(long.size, 255, np.uint8), (16, 16))
+    room = room_around((8, 20000), [Length(8, False)] * 4)
+    with pytest.raises(UserError, match="a window: 9000 x 9000 pixels are more"):
+        plan_room(long, room, (16, 16), height=9000)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hmar_cli.errors import UserError
 from hmar_cli.pictures.picture import Picture
 from hmar_cli.pictures.windows import Window, view_image, view_region, walk, window_around, without_slivers
 
@@ -80,6 +81,11 @@ def test_a_panorama_is_walked_to_both_sides_by_half_windows() -> None:
     assert right == [128, 160, 192] and left == [64, 32, 0]
     with pytest.raises(ValueError, match="an overlap"):
         walk((64, 256), (96, 0, 160, 64), (64, 64), 0.1)
+
+
+def test_a_walk_of_very_many_windows_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"takes 15992001 windows of 4 x 4 pixels"):
+        walk((8000, 8000), (0, 0, 4, 4), (4, 4))
 
 
 def test_views_keep_the_pixels_where_no_size_changes() -> None:
