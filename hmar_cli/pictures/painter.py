@@ -73,6 +73,9 @@ class ModelPainter:
         edit: how much is drawn.
         seed: of all random numbers.
         precision: as for sampling.
+
+    Raises:
+        UserError: an unknown precision.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class ModelPainter:
         self.seed, self.precision, self.settled = seed, precision, False
         self.size, self.token = model_size(model, tokenizer), tokenizer.stride
         self.device = next(model.parameters()).device
+        resolve_precision(self.device, precision)  # refuses an unknown one before anything is done
 
     def select_attention(self, together: int) -> str:
         """Settle which implementation of attention runs; a line that says so, empty if there is nothing to settle."""

@@ -1,5 +1,6 @@
 """Edits of files: results beside each other in a folder, a record of what made them, going on where a run stopped."""
 
+import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -107,6 +108,7 @@ class Run:
         """
         target = self.out / f"{name}.json"
         record = {**self.about, **_described(plan, path), "sha256": file_sha256(path)}
+        record["region_sha256"] = hashlib.sha256(plan.region.data).hexdigest()  # a mask may change under its name
         record = json.loads(json.dumps({**record, "precision": self.painter.precision}))
         if target.exists():
             found = read_json(target)

@@ -356,6 +356,19 @@ def test_an_interrupted_edit_goes_on(world: Path, tmp_path: Path, monkeypatch: A
     assert other.exit_code == 2 and "(sha256)" in other.stderr
 
 
+def test_a_mask_that_changed_is_another_edit(world: Path, tmp_path: Path) -> None:
+    make_picture(tmp_path / "a.png", 16, 16)
+    flags = ("--inpaint", "--mask", tmp_path / "mask.png", "--variations", 1)
+    for row, name in ((5, "out"), (9, "new")):  # as much of it, and the same window
+        mask = np.zeros((16, 16), np.uint8)
+        mask[4:12, 4:12] = 255
+        mask[row, 6:8] = 0
+        Image.fromarray(mask).save(tmp_path / "mask.png")
+        edited(world, "var", tmp_path / "a.png", tmp_path / name, *flags)
+    result = edit(world, "var", tmp_path / "a.png", tmp_path / "out", *flags)
+    assert result.exit_code == 2 and "(region_sha256)" in result.stderr
+
+
 def test_a_full_disk_leaves_no_half_written_file(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
     make_picture(tmp_path / "a.png", 16, 16)
     save = Image.Image.save
@@ -402,6 +415,7 @@ def test_a_full_disk_leaves_no_half_written_file(world: Path, tmp_path: Path, mo
         ("hmar", (*BOX, "--cfg", 2), "--cfg guides towards a class or a text"),
         ("hmar", (*BOX, "--steps", 2), "which has no --steps"),
         ("mar", (*BOX, "--pivot-steps", 2), "has no pivots"),
+        ("hmar", (*BOX, "--precision", "fp7"), "no precision 'fp7'"),
         ("tokenizers/hmar", BOX, "holds a tokenizer, not a model"),
     ],
 )
