@@ -108,7 +108,7 @@ class Run:
         """
         target = self.out / f"{name}.json"
         record = {**self.about, **_described(plan, path), "sha256": file_sha256(path)}
-        record["region_sha256"] = hashlib.sha256(plan.region.data).hexdigest()  # a mask may change under its name
+        record["region_sha256"] = hashlib.sha256(plan.region.data).hexdigest()  # of a mask, too
         record = json.loads(json.dumps({**record, "precision": self.painter.precision}))
         if target.exists():
             found = read_json(target)
