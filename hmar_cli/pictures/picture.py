@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from hmar_cli.console import console
 from hmar_cli.errors import UserError
 
 LIMIT = 1 << 26
@@ -135,6 +136,7 @@ def read_image(path: Path) -> Image.Image:
             Image.init()
             image = Image.open(path, formats=[each for each in FORMATS if each in Image.OPEN])
             check_size(image.height, image.width, str(path))
+            deep = ";16" in str([tile[3] for tile in image.tile])  # as the file has it
             image.load()
         ImageOps.exif_transpose(image, in_place=True)
     except UserError:
@@ -146,6 +148,8 @@ def read_image(path: Path) -> Image.Image:
         raise UserError(
             f"{path}: not a readable picture ({reason})", "give a PNG, JPEG or WebP file"
         ) from error
+    if deep and image.mode in ("RGB", "RGBA", "LA"):
+        console.print(f"warning: {path}: of its 16 bits a colour 8 are read", highlight=False)
     return image
 
 

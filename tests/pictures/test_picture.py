@@ -1,5 +1,7 @@
 """Pictures of every kind are read without loss and written as PNG."""
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,25 @@ def test_sixteen_bits_come_back(tmp_path: Path) -> None:
     result = again(Image.fromarray(pixels), tmp_path)
     assert (np.asarray(result) == pixels).all()
     assert (read_picture(tmp_path / "out.png").seen(slice(None), slice(None))[..., 1] == pixels >> 8).all()
+
+
+def test_colours_of_sixteen_bits_are_read_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = b"".join(b"\0" + bytes(range(24)) for _ in range(4))  # 4 pixels of 3 colours of 2 bytes, no filter
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows))]
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, data in [*parts, (b"IEND", b"")]:
+        png += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    (tmp_path / "deep.png").write_bytes(png)
+    picture = read_picture(tmp_path / "deep.png")
+    assert picture.colour.dtype == np.uint8 and picture.colour[0, 0].tolist() == [0, 2, 4]
+    assert "of its 16 bits a colour 8 are read" in " ".join(capsys.readouterr().err.split())
+    Image.fromarray(noise(4, 4, 3)).save(tmp_path / "plain.png")
+    Image.fromarray(np.ones((4, 4), np.uint16)).save(tmp_path / "grey.png")
+    read_picture(tmp_path / "plain.png")
+    read_picture(tmp_path / "grey.png")
+    assert not capsys.readouterr().err
 
 
 def test_palettes_and_bits_show_their_colours(tmp_path: Path) -> None:
