@@ -20,7 +20,7 @@ from hmar_cli.pictures.windows import (
     view_image,
     view_region,
     walk,
-    window_around,
+    windows_around,
     without_slivers,
 )
 from hmar_cli.report import image_grid
@@ -92,21 +92,23 @@ def plan_region(
     context: float = CONTEXT,
     feather: int | None = None,
 ) -> Plan:
-    """Plan to draw a region of a picture anew: one window around it.
+    """Plan to draw a region of a picture anew: a window around each of its parts that lie far apart.
 
     Args:
         picture: the picture.
         region: [H, W] uint8.
         model: (h, w) of the model's images.
         context: share of the region's sides that the window shows around it.
-        feather: pixels; by default 1/32 of the window's shorter side.
+        feather: pixels; by default 1/32 of the smallest window's shorter side.
 
     Raises:
         UserError: an empty region, or one so long that its window would be too large.
     """
-    window = window_around(bounds(region), picture.size, model, context)
-    check_size(window.height, window.width, "the window that shows the region")
-    return Plan(picture, region, (window,), _feather(window, feather), blank=False)
+    windows = windows_around(region, model, context)
+    for window in windows:
+        check_size(window.height, window.width, "the window that shows the region")
+    smallest = min(windows, key=lambda window: window.height)
+    return Plan(picture, region, windows, _feather(smallest, feather), blank=False)
 
 
 def plan_room(

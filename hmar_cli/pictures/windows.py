@@ -1,4 +1,4 @@
-"""Where a model looks: windows of its own shape on a picture of any size, one for a region, or a walk outwards.
+"""Where a model looks: windows of its own shape on a picture of any size, around a region, or a walk outwards.
 
 Letters: H W the picture's rows and columns; h w the model's.
 """
@@ -15,6 +15,7 @@ from PIL import Image
 from hmar_cli.errors import UserError
 from hmar_cli.pictures.compositing import extend
 from hmar_cli.pictures.picture import Picture, Pixels
+from hmar_cli.pictures.regions import bounds
 
 CONTEXT = 0.5
 """Share of a region's sides that a window shows around it, on each side, where there is room."""
@@ -27,6 +28,15 @@ RIM = 16
 
 LEAST_CONTEXT = 0.125
 """The same where the picture is too small for more."""
+
+CELLS = 128
+"""Cells along a picture's longer side by which parts of a region are told apart."""
+
+PARTS = 64
+"""A region of more parts than this is taken for one."""
+
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom, in pixels; the ends are excluded."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,67 @@ class Window:
         )
 
 
+def windows_around(region: Pixels, model: tuple[int, int], context: float = CONTEXT) -> tuple[Window, ...]:
+    """A window for each part of a region; parts of which one would lie in the other's window share theirs.
+
+    Args:
+        region: [H, W] uint8.
+        model: (h, w) of the model's images.
+        context: see `window_around`.
+
+    Raises:
+        UserError: an empty region.
+    """
+    boxes = parts(region)
+    while True:
+        windows = [window_around(box, region.shape, model, context) for box in boxes]
+        pairs = itertools.permutations(range(len(boxes)), 2)
+        meeting = next(((i, j) for i, j in pairs if _meet(windows[i], boxes[j])), None)
+        if meeting is None:
+            return tuple(windows)
+        one, other = (boxes[i] for i in meeting)
+        boxes = [box for i, box in enumerate(boxes) if i not in meeting]
+        boxes.append((*map(min, one[:2], other[:2]), *map(max, one[2:], other[2:])))  # type: ignore[arg-type]
+
+
+def _meet(window: Window, box: Box) -> bool:
+    """Whether a window and a box have pixels in common."""
+    left, top, right, bottom = box
+    return (
+        window.top < bottom
+        and top < window.top + window.height
+        and window.left < right
+        and left < window.left + window.width
+    )
+
+
+def parts(region: Pixels) -> list[Box]:
+    """Boxes around the parts of a region [H, W] that lie apart, told by cells of 1/`CELLS` of its longer side.
+
+    Raises:
+        UserError: an empty region.
+    """
+    whole = bounds(region)
+    cell = math.ceil(max(region.shape) / CELLS)
+    down, along = range(0, region.shape[0], cell), range(0, region.shape[1], cell)
+    filled = np.maximum.reduceat(np.maximum.reduceat(region, down, axis=0), along, axis=1) > 0
+    left_over = set(zip(*(each.tolist() for each in np.nonzero(filled)), strict=True))
+    boxes = []
+    while left_over:
+        reached = [left_over.pop()]
+        for row, column in reached:
+            near = {(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & left_over
+            left_over -= near
+            reached += near
+        rows, columns = zip(*reached, strict=True)
+        top, left = min(rows) * cell, min(columns) * cell
+        inner = bounds(region[top : (max(rows) + 1) * cell, left : (max(columns) + 1) * cell])
+        boxes.append((left + inner[0], top + inner[1], left + inner[2], top + inner[3]))
+    return boxes if len(boxes) <= PARTS else [whole]
+
+
 def window_around(
-    box: tuple[int, int, int, int],
+    box: Box,
     size: tuple[int, int],
     model: tuple[int, int],
     context: float = CONTEXT,

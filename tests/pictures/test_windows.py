@@ -6,7 +6,17 @@ from PIL import Image
 
 from hmar_cli.errors import UserError
 from hmar_cli.pictures.picture import Picture
-from hmar_cli.pictures.windows import Window, view_image, view_region, walk, window_around, without_slivers
+from hmar_cli.pictures.windows import (
+    PARTS,
+    Window,
+    parts,
+    view_image,
+    view_region,
+    walk,
+    window_around,
+    windows_around,
+    without_slivers,
+)
 
 
 def random_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
@@ -53,6 +63,55 @@ def test_windows_in_particular(
     box: tuple[int, int, int, int], size: tuple[int, int], expected: Window
 ) -> None:
     assert window_around(box, size, (32, 32)) == expected
+
+
+def test_parts_that_lie_apart_have_windows_of_their_own() -> None:
+    """Every part is whole in one window, and no other window shows any of it."""
+    rng = np.random.default_rng(1)
+    several = 0
+    for _ in range(300):
+        region = np.zeros((int(rng.integers(1, 500)), int(rng.integers(1, 500))), np.uint8)
+        for _ in range(int(rng.integers(1, 5))):
+            left, top, right, bottom = random_box(rng, *region.shape)
+            region[top : min(bottom, top + 40), left : min(right, left + 40)] = 200
+        windows = windows_around(region, (32, 32))
+        several += len(windows) > 1
+        shown = np.zeros(region.shape, int)
+        for window in windows:
+            shown[window.inside(region.shape)] += 1
+        assert (shown[region > 0] == 1).all()
+        for left, top, right, bottom in parts(region):
+            assert region[top:bottom, left:right].any()
+            assert (
+                sum(
+                    w.top <= top
+                    and w.left <= left
+                    and w.top + w.height >= bottom
+                    and w.left + w.width >= right
+                    for w in windows
+                )
+                == 1
+            )
+    assert several > 50
+
+
+def test_a_small_part_is_drawn_beside_a_large_one() -> None:
+    region = np.zeros((1000, 1000), np.uint8)
+    region[10:410, 10:410] = 255
+    region[900:906, 900:906] = 255
+    large, small = sorted(windows_around(region, (32, 32)), key=lambda window: -window.height)
+    assert (large.height, small.height) == (800, 32)  # with their context; no smaller than the model's images
+    for window in (large, small):
+        view = without_slivers(view_region(region, window, (32, 32)), 4)
+        assert view.max() > 0.5
+
+
+def test_a_region_of_very_many_parts_is_one() -> None:
+    region = np.zeros((64, 64), np.uint8)
+    region[::4, ::4] = 255
+    assert parts(region) == [(0, 0, 61, 61)]
+    region[16:] = 0
+    assert len(parts(region)) == PARTS == 64
 
 
 def test_a_walk_covers_the_canvas_and_each_window_meets_what_is_known() -> None:
