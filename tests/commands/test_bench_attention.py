@@ -185,7 +185,11 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
         return real(*arguments)
 
     monkeypatch.setattr(attention, "time_calls", interrupted)
-    result = hmar(*TINY, "--implementations", "masked,sdpa", "--out", tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a shell's background
+    try:
+        result = hmar(*TINY, "--implementations", "masked,sdpa", "--out", tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130, result.output
     document = json.loads((tmp_path / "speed.json").read_text())
     assert not document["complete"] and [row["implementation"] for row in document["rows"]] == ["masked"]
