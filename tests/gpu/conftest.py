@@ -1,7 +1,7 @@
 """Makes `judging`, what attention is compared by, importable from the tests of this folder.
 
-Without a GPU these tests are skipped, but collected; the kernels that they import are then those of Triton's interpreter,
-which the tests of `kernels` use later in the same process.
+Without a GPU these tests are skipped, but collected; the kernels that they import are then those of Triton's
+interpreter, which the tests of `kernels` use later in the same process.
 """
 
 import os
