@@ -1,21 +1,27 @@
-"""What the tests share: random models; after the parity tests, the fixtures that none of them covers are named."""
+"""What the tests share: random models; after the parity tests, the fixtures that none of them covers are named.
+
+Without a GPU Triton's kernels run in its interpreter, which has to be known before anything imports Triton.
+"""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hmar_cli.settings import KlObjective, Msvq, MsvqObjective, Recipe
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
 def save_random() -> Callable[[Path, Recipe, tuple[str, ...]], None]:
     """Writes a checkpoint of a recipe's model with random weights, all of them of some size, and its tokenizer's."""
-    import torch
-
     from hmar_cli.builders import build_model, build_tokenizer
     from hmar_cli.checkpoints.store import save_checkpoint
 
