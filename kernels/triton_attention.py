@@ -69,11 +69,11 @@ class Settings(NamedTuple):
     queries: Setting | None
 
 
-WIDE = Setting(128, 64, 4, 3, bulk=True, bulk_rows=True)
+WIDE = Setting(128, 64, 4, 3, bulk=True)
 """Forward of heads up to 64 in half precision. H200, PyTorch 2.11, Triton 3.6, batch 16, or 4 at 1024 px, 24 heads:
 1.473 ms at 1024 px, diagonal; two stages take 1.681, 64 x 64 with two 1.516, 8 warps 1.505, 128 x 128 2.262. The
 other rows were measured with two stages alone: 0.091 and 0.540 ms at 256 and 512 px, diagonal."""
-DEEP = Setting(64, 64, 4, 2, bulk=True, bulk_rows=True)
+DEEP = Setting(64, 64, 4, 2)
 """Forward of heads of 128 in half precision; compiled for sm_90 it spills no registers, and those
 that follow at most 56 bytes. None of them is measured."""
 SMALL = Setting(64, 64, 4, 2)
