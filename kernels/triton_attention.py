@@ -73,13 +73,11 @@ WIDE = Setting(128, 64, 4, 3, bulk=True)
 """Forward of heads up to 64 in half precision. H200, PyTorch 2.11, Triton 3.6, batch 16, or 4 at 1024 px, 24 heads:
 1.473 ms at 1024 px, diagonal; two stages take 1.681, 64 x 64 with two 1.516, 8 warps 1.505, 128 x 128 2.262. The
 other rows were measured with two stages alone: 0.091 and 0.540 ms at 256 and 512 px, diagonal."""
-DEEP = Setting(64, 64, 4, 2)
-"""Forward of heads of 128 in half precision; compiled for sm_90 it spills no registers, and those
-that follow at most 56 bytes. None of them is measured."""
 SMALL = Setting(64, 64, 4, 2)
 """By pointers, heads up to 64 in half precision: where memory is no matrix of tokens and heads, and backward."""
 SHALLOW = Setting(64, 32, 4, 2)
-"""By pointers, heads of 96 and 128 in half precision."""
+"""By pointers, heads of 96 and 128 in half precision. Like those for float32 it is not measured; compiled for sm_90
+they spill at most 56 bytes of registers."""
 
 
 def settings_for(lengths: Sequence[int], causal: bool, head_size: int, dtype: torch.dtype) -> Settings:
@@ -91,8 +89,7 @@ def settings_for(lengths: Sequence[int], causal: bool, head_size: int, dtype: to
         same = Setting(32, 32, 4, 2)
         return Settings(same, replace(same, warps=8), same)
     if head_size > 64:
-        forward = DEEP if head_size & (head_size - 1) == 0 else SHALLOW
-        return Settings(forward, replace(SHALLOW, warps=8), SHALLOW)
+        return Settings(SHALLOW, replace(SHALLOW, warps=8), SHALLOW)
     return Settings(WIDE, SMALL, SMALL)
 
 

@@ -241,7 +241,7 @@ def hmar(*arguments: object) -> Any:
     [
         (["--serve", "photo.png"], "error: --serve takes no picture"),
         (["--serve", "--box", "0,0,4,4"], "error: --serve takes no --box"),
-        (["--serve", "--left", "4", "--json"], "error: --serve takes no --left, --as-json"),
+        (["--serve", "--left", "4", "--json"], "error: --serve takes no --left, --json"),
         ([], "error: no picture to edit"),
     ],
 )

@@ -273,10 +273,10 @@ def check_served(ctx: typer.Context) -> None:
         name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
     if foreign := [name for name in given if name not in SERVED]:
-        what = ", ".join(
-            "a picture" if name == "picture" else f"--{name.replace('_', '-')}" for name in foreign
+        flags = {each.name: (each.opts or each.secondary_opts)[-1] for each in ctx.command.params}
+        raise UserError(
+            f"--serve takes no {', '.join(flags[name] for name in foreign)}", "choose it on the page"
         )
-        raise UserError(f"--serve takes no {what.removeprefix('a ')}", "choose it on the page")
 
 
 def open_studio(
