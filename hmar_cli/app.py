@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from hmar_cli.commands import (
+    analyze,
     bench_attention,
     checkpoint,
     curves,
@@ -90,6 +91,7 @@ for module in (tokenize, train, finetune_masked, sample, edit, curves, bench_att
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(eval.app, name="eval")
+app.add_typer(analyze.app, name="analyze")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hmar_cli.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def to_uint8(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -120,3 +124,26 @@ def plot_curves(
             axes.legend(fontsize=7)
     with atomic_file(target) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of a size in inches, whose parts make room for each other."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def dress_axes(axes: "Axes", title: str, x: str, y: str) -> None:
+    """Name a panel and its axes, units included, and leave out what carries no information."""
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+
+
+def save_figure(figure: "Figure", target: Path) -> None:
+    """Write a figure to a PNG file that is either complete or absent."""
+    with atomic_file(target) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

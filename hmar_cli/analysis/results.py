@@ -1,0 +1,172 @@
+"""What every analysis leaves behind: a table, its numbers with the settings, a figure and, where it has one, a grid.
+
+OUT/NAME.json       {"analysis": NAME, "settings": {...}, "summary": {...}, "rows": [...]}
+OUT/NAME.csv        the rows
+OUT/NAME.png        the figure
+OUT/NAME-grid.png   images
+"""
+
+import csv
+import io
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hmar_cli.errors import UserError
+from hmar_cli.files import atomic_file, read_json, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+Cell = str | int | float | bool | None
+Row = Mapping[str, Cell]
+
+TABLE_WIDTH = 150
+"""Columns of a printed table where no terminal says how many there are."""
+
+
+def save_analysis(
+    out: Path,
+    name: str,
+    rows: Sequence[Row],
+    settings: Mapping[str, Any],
+    figure: "Figure | None",
+    *,
+    grid: "Image.Image | None" = None,
+    summary: Mapping[str, Any] | None = None,
+) -> list[Path]:
+    """Write an analysis into a folder, each file complete or absent; the JSON comes last.
+
+    Args:
+        out: the folder; made where it is missing.
+        name: of the analysis, the stem of its files.
+        rows: the numbers; rows may have different keys. A number that is not finite is null in JSON, empty in CSV.
+        settings: all that the numbers depend on, as JSON values: checkpoints and their hashes, data, seeds.
+        figure: drawn from the rows; None writes none.
+        grid: images that belong to the rows; None writes none.
+        summary: what the rows come to, such as a fit, as JSON values.
+
+    Returns:
+        The files.
+    """
+    from hmar_cli.report import save_figure, save_png
+
+    files = {kind: out / f"{name}{kind}" for kind in (".png", "-grid.png", ".csv", ".json")}
+    written = []
+    if figure is not None:
+        save_figure(figure, files[".png"])
+        written.append(files[".png"])
+    if grid is not None:
+        save_png(grid, files["-grid.png"])
+        written.append(files["-grid.png"])
+    with atomic_file(files[".csv"]) as temporary:
+        temporary.write_text(_as_csv(rows), encoding="utf-8")
+    write_json(files[".json"], _document(name, rows, settings, summary))
+    return [*written, files[".csv"], files[".json"]]
+
+
+def read_analysis(out: Path, name: str) -> dict[str, Any] | None:
+    """Read the JSON that `save_analysis` wrote, with "settings" and "rows"; None where there is none yet.
+
+    Raises:
+        UserError: the file is broken, or of another analysis.
+    """
+    path = out / f"{name}.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    if (
+        not isinstance(found, dict)
+        or found.get("analysis") != name
+        or not isinstance(found.get("rows"), list)
+    ):
+        raise UserError(f"{path} does not hold the analysis {name!r}", "choose another --out")
+    return found
+
+
+def print_analysis(
+    name: str,
+    rows: Sequence[Row],
+    settings: Mapping[str, Any],
+    files: Sequence[Path],
+    *,
+    as_json: bool,
+    summary: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Show an analysis: a table or JSON on standard output; notes and the files' names on standard error.
+
+    Args:
+        name: of the analysis.
+        rows: see `save_analysis`; of many rows a table shows the first and the last.
+        settings: see `save_analysis`; in the JSON alone.
+        files: what was written.
+        as_json: print JSON instead of a table: what the file holds, and "files".
+        summary: see `save_analysis`; in the JSON alone.
+        notes: lines that say what the numbers come to.
+    """
+    from hmar_cli.console import console
+
+    if as_json:
+        document = {**_document(name, rows, settings, summary), "files": [str(file) for file in files]}
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        _print_table(rows)
+    for line in notes:
+        console.print(line, highlight=False)
+    console.print(f"written: {', '.join(map(str, files))}", highlight=False)
+
+
+def _print_table(rows: Sequence[Row], most: int = 60) -> None:
+    """Print rows as a table; of more than `most` the first and last."""
+    from rich.console import Console
+    from rich.table import Table
+
+    keys = _keys(rows)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for key in keys:
+        number = all(isinstance(row.get(key, 0), int | float | None) for row in rows)
+        table.add_column(key.replace("_", " "), justify="right" if number else "left", overflow="fold")
+    shown = [*rows[: most // 2], {keys[0]: "…"}, *rows[-(most // 2) :]] if len(rows) > most else rows
+    for row in shown:
+        table.add_row(*(_text(row.get(key)) for key in keys))
+    width = None if sys.stdout.isatty() else max(TABLE_WIDTH, shutil.get_terminal_size().columns)
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+def _text(value: Cell) -> str:
+    """A cell for people: four digits of a fraction."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _document(
+    name: str, rows: Sequence[Row], settings: Mapping[str, Any], summary: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The JSON of an analysis."""
+    numbers = [{key: _finite(value) for key, value in row.items()} for row in rows]
+    return {"analysis": name, "settings": dict(settings), "summary": dict(summary or {}), "rows": numbers}
+
+
+def _as_csv(rows: Sequence[Row]) -> str:
+    """Rows as CSV with a head line; None is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _keys(rows), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _finite(value) for key, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _keys(rows: Sequence[Row]) -> list[str]:
+    """The keys of all rows, in the order of their first appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _finite(value: Cell) -> Cell:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

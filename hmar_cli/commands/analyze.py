@@ -1,0 +1,12 @@
+"""`hmar analyze`: the papers' figures and tables, of models and tokenizers that are at hand."""
+
+import typer
+
+from hmar_cli.commands import analyze_next_scale
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Draw the papers' figures and tables, of models and tokenizers that are at hand.",
+)
+analyze_next_scale.register(app)
