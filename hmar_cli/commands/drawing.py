@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,9 +12,11 @@ import typer
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
+    from hmar_cli.builders import Model
+    from hmar_cli.builders import Tokenizer as Codec
     from hmar_cli.checkpoints import store
     from hmar_cli.models.scales import Scales, Schedule
-    from hmar_cli.sampling.images import Conditions
+    from hmar_cli.sampling.images import Conditions, Job
     from hmar_cli.settings import ClipText, JointText, MaskedArSample, NextScaleSample
 
 NEXT_SCALE_PANEL = "VAR, HMAR"
@@ -314,3 +317,121 @@ def _resolve_next_scale(
         )
     chosen = replace(settings, **given | {"schedule": passes})
     return replace(chosen, top_k=min(chosen.top_k, recipe.tokenizer.vocab_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Images that are asked of a checkpoint: checked, and none of its weights read.
+
+    Attributes:
+        checkpoint: what draws them.
+        settings: of the sampler.
+        text: what reads the prompts of a text model.
+        classes: image i is of class i, modulo their number.
+        prompts: the same for a text model.
+        count: images in all.
+        seed: of all random numbers.
+        batch_size: images at once.
+        precision: "auto", "bf16" or "fp32".
+        weights: "model", "ema" or "" for "ema" where it exists.
+        tokenizer: where it lies, if not in the checkpoint.
+    """
+
+    checkpoint: "store.Checkpoint"
+    settings: "NextScaleSample | MaskedArSample"
+    text: "ClipText | JointText | None"
+    classes: Sequence[int]
+    prompts: Sequence[str]
+    count: int
+    seed: int
+    batch_size: int
+    precision: str
+    weights: str
+    tokenizer: Path | None
+
+    def job(self) -> "Job":
+        """The work for a sampler."""
+        from hmar_cli.sampling.images import Job
+
+        return Job(
+            settings=self.settings,
+            conditions=conditions_for(self.text, list(self.classes), list(self.prompts)),
+            count=self.count,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            precision=self.precision,
+        )
+
+    def load(self) -> "tuple[Model, Codec, dict[str, Any]]":
+        """Model and tokenizer on the CPU, and what is recorded of them beside the job's own settings.
+
+        Raises:
+            UserError: weights or tokenizer are not there, or do not fit.
+        """
+        from hmar_cli.builders import load_model
+        from hmar_cli.files import file_sha256
+
+        model, codec, checkpoint = load_model(self.checkpoint.folder, self.weights, self.tokenizer)
+        which, names = self.weights or checkpoint.weights[-1], checkpoint.class_names
+        about = {
+            "checkpoint": str(checkpoint.folder),
+            "weights": which,
+            "weights_sha256": file_sha256(checkpoint.folder / f"{which}.safetensors"),
+            "tokenizer_hash": checkpoint.tokenizer_hash or codec.fingerprint(),
+            **({} if self.prompts else {"class_names": [names[c] for c in self.classes]}),
+        }
+        return model, codec, about
+
+
+def place_order(
+    checkpoint: Path,
+    given: dict[str, Any],
+    *,
+    labels: str,
+    prompts: list[str],
+    text_weights: Path | None,
+    count: int,
+    seed: int,
+    batch_size: int,
+    precision: str,
+    weights: str,
+    tokenizer: Path | None,
+) -> Order:
+    """Check what a command's flags ask of a checkpoint, and complete them by its recipe.
+
+    Args:
+        checkpoint: a checkpoint or run folder.
+        given: settings of the sampler, see `given_settings`.
+        labels: classes by name or index, such as "3,cat"; empty for all.
+        prompts: texts, for a model that reads them.
+        text_weights: a file of its frozen tower.
+        count: images in all; 0 is one a class or prompt.
+        seed: of all random numbers.
+        batch_size: images at once; 0 is the recipe's.
+        precision: see `Order`.
+        weights: see `Order`.
+        tokenizer: see `Order`.
+
+    Raises:
+        UserError: no such checkpoint, or flags that it cannot follow.
+    """
+    from hmar_cli.checkpoints.store import open_checkpoint
+
+    source = open_checkpoint(checkpoint)
+    settings = resolve(source, given)
+    check_condition(source, labels, prompts)
+    text = text_settings(source, text_weights)
+    classes = [] if prompts else parse_labels(labels, source.class_names)
+    return Order(
+        checkpoint=source,
+        settings=settings,
+        text=text,
+        classes=classes,
+        prompts=prompts,
+        count=count or len(prompts) or len(classes),
+        seed=seed,
+        batch_size=batch_size or source.recipe.sample.batch_size,
+        precision=precision,
+        weights=weights,
+        tokenizer=tokenizer,
+    )

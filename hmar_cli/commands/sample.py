@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -95,43 +95,35 @@ def sample(
 ) -> None:
     """Draw images; the help text is `EXAMPLES`."""
     given = drawing.given_settings(locals())
-    from hmar_cli.checkpoints.store import open_checkpoint
     from hmar_cli.launch import check_device, delegate
 
     check_device(device)
-    source = open_checkpoint(checkpoint)
-    resolved = drawing.resolve(source, given)
-    check_switches(source, pivots, compile)
-    prompts = drawing.read_prompts(prompt or [], prompt_file)
-    drawing.check_condition(source, labels, prompts)
-    text = drawing.text_settings(source, text_weights)
-    classes = [] if prompts else drawing.parse_labels(labels, source.class_names)
+    order = drawing.place_order(
+        checkpoint,
+        given,
+        labels=labels,
+        prompts=drawing.read_prompts(prompt or [], prompt_file),
+        text_weights=text_weights,
+        count=count,
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+        weights=weights,
+        tokenizer=tokenizer,
+    )
+    check_switches(order.checkpoint, pivots, compile)
     if not dry_run:
         delegate(launch, device)
-    from hmar_cli.builders import load_model
     from hmar_cli.console import console
     from hmar_cli.models.masked import MaskedTransformer
-    from hmar_cli.sampling.images import Job, Keep, draw_images
+    from hmar_cli.sampling.images import Keep, draw_images
     from hmar_cli.sampling.masked import compile_heads
 
-    model, codec, _ = load_model(checkpoint, weights, tokenizer)
-    job = Job(
-        settings=resolved,
-        conditions=drawing.conditions_for(text, classes, prompts),
-        count=count or len(prompts) or len(classes),
-        seed=seed,
-        batch_size=batch_size or source.recipe.sample.batch_size,
-        precision=precision,
-    )
-    about: dict[str, Any] = {
-        "checkpoint": str(source.folder),
-        "weights": weights or source.weights[-1],
-        "tokenizer_hash": source.tokenizer_hash or codec.fingerprint(),
-        **({} if prompts else {"class_names": [source.class_names[c] for c in classes]}),
-        **job.describe(),
-    }
+    job = order.job()
+    model, codec, about = order.load()
+    about |= job.describe()
     if not dry_run:
-        width = columns or (len(classes) if 1 < len(classes) <= WIDEST else 0)
+        width = columns or (len(order.classes) if 1 < len(order.classes) <= WIDEST else 0)
         keep = Keep(columns=width, npz=npz, pivots=pivots)
         if compile:
             assert isinstance(model, MaskedTransformer)

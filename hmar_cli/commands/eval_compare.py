@@ -1,0 +1,121 @@
+"""`hmar eval compare`: reports of `hmar eval` side by side, if their numbers may be compared at all."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hmar_cli.evaluation.reports import Report
+
+EXAMPLES = """
+Put reports side by side: their numbers, the best of each in bold, and the settings in which the runs differ.
+
+Numbers compare only where extractor (by the hash of its weights), reference, number of images, size, crop and the
+settings of the metrics are the same. Where one differs nothing is printed but its name. The inception score and the
+accuracy need no reference, so that `--metrics is` compares them whatever it was.
+
+**Examples**
+
+- `hmar eval compare var.json hmar.json himar.json`
+- `hmar eval compare reports/*.json --metrics fid,is`
+- `hmar eval compare var.json hmar.json --json`
+"""
+
+UNINTERESTING = ("folder", "source", "unreadable", "class_names", "labels")
+"""Parts of what was measured that name it rather than set it; they get no column."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `hmar eval`."""
+    app.command("compare", help=EXAMPLES)(compare)
+
+
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Files of `--out`, two or more.", show_default=False)],
+    metrics: Annotated[
+        str, typer.Option(help="Metrics to compare by, as fid,is. [default: all, which each must have]")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare; the help text is `EXAMPLES`."""
+    from hmar_cli.evaluation.reports import comparable_metrics, differences, read_report
+
+    if len(reports) < 2:
+        raise UserError(f"{len(reports)} report to compare", "give two or more files")
+    found = {name: read_report(path) for name, path in zip(short_names(reports), reports, strict=True)}
+    wanted = [part.strip() for part in metrics.split(",")] if metrics else []
+    shared = comparable_metrics(found, wanted)
+    apart = {
+        key: values
+        for key, values in differences([report.subject for report in found.values()]).items()
+        if key.split(".")[-1] not in UNINTERESTING
+    }
+    if as_json:
+        rows = [
+            {
+                "report": name,
+                "metrics": {metric: report.metrics[metric].describe() for metric in shared},
+                "subject": {key: values[place] for key, values in apart.items()},
+            }
+            for place, (name, report) in enumerate(found.items())
+        ]
+        settings = dict(next(iter(found.values())).settings)
+        print(json.dumps({"settings": settings, "rows": rows}, indent=2, ensure_ascii=False))
+        return
+    print_rows(found, shared, apart)
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """A name for each file: its stem, or its path where several files have that stem.
+
+    Raises:
+        UserError: the same file twice.
+    """
+    stems = [path.stem for path in paths]
+    names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{twice} is given twice", "give each report once")
+    return names
+
+
+def print_rows(reports: "dict[str, Report]", metrics: list[str], apart: dict[str, list[Any]]) -> None:
+    """Print a table: a report a row, its numbers, then the settings that are not the same in all."""
+    import shutil
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from hmar_cli.evaluation.reports import best
+
+    first = next(iter(reports.values()))
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("report", overflow="fold")
+    for metric in metrics:
+        table.add_column(first.metrics[metric].name, justify="right", no_wrap=True)
+    for key in apart:
+        table.add_column(key.split(".")[-1].replace("_", " "), overflow="fold")
+    leaders = {
+        metric: best(metric, [each.metrics[metric].value for each in reports.values()]) for metric in metrics
+    }
+    for place, (name, report) in enumerate(reports.items()):
+        numbers = [
+            Text(str(report.metrics[each]), "bold" if report.metrics[each].value == leaders[each] else "")
+            for each in metrics
+        ]
+        table.add_row(name, *numbers, *(as_text(values[place]) for values in apart.values()))
+    width = None if sys.stdout.isatty() else max(150, shutil.get_terminal_size().columns)
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+def as_text(value: Any) -> str:
+    """A setting in a table's cell: hashes by their first 12 digits, long lists by their ends."""
+    text = json.dumps(value) if isinstance(value, list | bool) or value is None else str(value)
+    if len(text) == 64 and set(text) <= set("0123456789abcdef"):
+        return text[:12]
+    return text if len(text) <= 40 else f"{text[:24]}…{text[-12:]}"

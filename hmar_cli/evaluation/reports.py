@@ -1,0 +1,170 @@
+"""What `hmar eval` found: a file with every setting, and when the numbers of two such files compare.
+
+{"format": "hmar-eval", "version": 1,
+ "metrics": {"fid": {"name": "FID-50k", "value": 2.31}, "is": {"name": "IS-50k", "value": 240.1, "spread": 3.2}},
+ "settings": {what must be equal for numbers to compare: extractor, size, crop, count, reference, splits ...},
+ "subject": {what was measured: folder or checkpoint, hashes, sampling settings},
+ "made_with": {what should change nothing: device, processes, batch size, versions, seconds}}
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hmar_cli.errors import UserError
+from hmar_cli.files import read_json, write_json
+
+FORMAT, VERSION = "hmar-eval", 1
+
+HIGHER_IS_BETTER = {"is", "precision", "recall", "accuracy", "psnr", "ssim", "clip_score"}
+LOWER_IS_BETTER = {"fid", "sfid", "kid", "rfid", "l1"}
+NO_REFERENCE = {"is", "accuracy"}
+"""Metrics of the measured images alone, which compare whatever the reference is."""
+
+ABSENT = "absent"
+"""What stands for a setting that one report has and the other has not."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number.
+
+    Attributes:
+        name: under which it is printed, with the extractor and the number of images: "FID-50k".
+        value: the number, or the mean over parts.
+        spread: standard deviation over parts, where the metric is a mean over some.
+    """
+
+    name: str
+    value: float
+    spread: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" + (f" ± {self.spread:.2g}" if self.spread is not None else "")
+
+    def describe(self) -> dict[str, Any]:
+        """The number as JSON has it."""
+        spread = {} if self.spread is None else {"spread": self.spread}
+        return {"name": self.name, "value": self.value, **spread}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All numbers of one evaluation, and what they depend on; see the module's description."""
+
+    metrics: Mapping[str, Measured]
+    settings: Mapping[str, Any]
+    subject: Mapping[str, Any]
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """The report as JSON has it."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "metrics": {key: number.describe() for key, number in self.metrics.items()},
+            "settings": dict(self.settings),
+            "subject": dict(self.subject),
+            "made_with": dict(self.made_with),
+        }
+
+    def save(self, target: Path) -> None:
+        """Write the report as JSON."""
+        write_json(target, self.describe())
+
+
+def read_report(path: Path) -> Report:
+    """Read what `Report.save` wrote.
+
+    Raises:
+        UserError: no such file, or one of another kind.
+    """
+    hint = "give a file that `hmar eval … --out FILE.json` wrote"
+    found: Any = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UserError(f"{path} is no report of `hmar eval`", hint)
+    if found.get("version") != VERSION:
+        raise UserError(
+            f"{path} has version {found.get('version')} of the format, this program reads {VERSION}",
+            "update hmar-cli",
+        )
+    try:
+        metrics = {
+            key: Measured(str(each["name"]), float(each["value"]), each.get("spread"))
+            for key, each in found["metrics"].items()
+        }
+        parts = [dict(found[key]) for key in ("settings", "subject", "made_with")]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no report of `hmar eval`: {type(error).__name__}: {error}", hint
+        ) from error
+    return Report(metrics, *parts)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings without nesting: {"extractor": {"name": "x"}} is {"extractor.name": "x"}; a list is one value."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Settings that are not equal in all, each with its values in the order given; `ABSENT` where there is none."""
+    every = [flat(each) for each in settings]
+    keys = dict.fromkeys(key for each in every for key in each)
+    values = {key: [each.get(key, ABSENT) for each in every] for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def comparable_metrics(reports: Mapping[str, Report], wanted: Sequence[str] = ()) -> list[str]:
+    """The metrics by which reports compare.
+
+    Args:
+        reports: by a name for messages; two or more.
+        wanted: metrics to compare by; none is all, and then each report must have the same.
+
+    Raises:
+        UserError: naming what differs: a metric that one lacks, or a setting on which the numbers depend.
+    """
+    names, first = list(reports), next(iter(reports.values()))
+    metrics = list(wanted or first.metrics)
+    for name, report in reports.items():
+        missing = [metric for metric in metrics if metric not in report.metrics]
+        more = [] if wanted else [metric for metric in report.metrics if metric not in metrics]
+        if missing or more:
+            shared = [
+                each for each in first.metrics if all(each in other.metrics for other in reports.values())
+            ]
+            lacking, lacks = (name, missing) if missing else (names[0], more)
+            raise UserError(
+                f"{lacking} has no {', '.join(lacks)}, by which it was to be compared",
+                f"compare by what all have: --metrics {','.join(shared)}"
+                if shared
+                else "they share no metric",
+            )
+    if not metrics:
+        raise UserError(f"{names[0]} holds no metric", "measure some with `hmar eval samples`")
+    free = set(metrics) <= NO_REFERENCE
+    kept = [
+        {key: value for key, value in report.settings.items() if not (free and key == "reference")}
+        for report in reports.values()
+    ]
+    if apart := differences(kept):
+        key, values = next(iter(apart.items()))
+        other = next(i for i, value in enumerate(values) if value != values[0])
+        raise UserError(
+            f"{names[0]} and {names[other]} do not compare: {key} is {values[0]} and {values[other]}",
+            "measure both with the same settings; `hmar eval samples` can measure kept images again",
+            [f"{each}: {', '.join(map(str, found))}" for each, found in list(apart.items())[1:]],
+        )
+    return metrics
+
+
+def best(metric: str, values: Sequence[float]) -> float | None:
+    """The best of some values; None where a metric has no direction."""
+    if metric in HIGHER_IS_BETTER:
+        return max(values)
+    return min(values) if metric in LOWER_IS_BETTER else None
