@@ -26,7 +26,8 @@ def check_options(spec: str, options: Mapping[str, str], known: Sequence[str]) -
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean '{near[0]}'?" if near else f"options are {', '.join(known)}"
+            others = f"options are {', '.join(known)}" if known else "it has no options"
+            hint = f"did you mean '{near[0]}'?" if near else others
             raise UserError(f"unknown option '{key}' in {spec}", hint)
 
 

@@ -210,6 +210,8 @@ def draw_images(
     device: str,
     about: dict[str, Any],
     keep: Keep,
+    *,
+    part: bool = True,
 ) -> dict[str, Any] | None:
     """Draw all images of a job into `out`: 000000.png ..., grid.png, sample.json, and what `keep` adds.
 
@@ -224,6 +226,7 @@ def draw_images(
         device: "cpu", "cuda" or "" for a GPU where there is one.
         about: recorded in sample.json; a folder with another record is refused.
         keep: what else is written.
+        part: whether several processes lose sight of each other at the end; False where they go on together.
 
     Returns:
         Precision, seconds, images per second (also without the first batch, which loads and compiles kernels) and
@@ -249,14 +252,14 @@ def draw_images(
     state.wait_for_everyone()
     model, tokenizer = model.to(place), tokenizer.to(place)
     if isinstance(model, NextScaleTransformer):
-        line = _select_attention(model, job, record["precision"])
+        line = select_attention(model, job, record["precision"])
         if state.is_main_process:
             console.print(line, highlight=False)
     start = time.perf_counter()
     times = _draw_share(model, tokenizer, job, out, place, state, keep)
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
-    if state.num_processes > 1:
+    if part and state.num_processes > 1:
         state.destroy_process_group()
     if not state.is_main_process:
         return None
@@ -307,7 +310,7 @@ def _draw_share(
     return times
 
 
-def _select_attention(model: NextScaleTransformer, job: Job, precision: str) -> str:
+def select_attention(model: NextScaleTransformer, job: Job, precision: str) -> str:
     """Settle which implementation of attention runs; a line that says so."""
     assert isinstance(job.settings, NextScaleSample)
     rows = job.batch_size * (2 if job.settings.cfg else 1)
