@@ -94,6 +94,35 @@ def recipe_from_dict(table: Mapping[str, Any]) -> Recipe:
     return _checked(table, [], f"recipe {table.get('name', '')}".rstrip())
 
 
+def settings_from_dict(table: Mapping[str, Any], cls: type[Any], section: str) -> Any:
+    """Check some settings of one section by themselves; what is not given has its default.
+
+    Args:
+        table: settings by name, as TOML's types.
+        cls: the section's dataclass.
+        section: its name, for messages.
+
+    Raises:
+        UserError: unknown settings or wrong values; all of them are in `details`.
+    """
+    problems: list[str] = []
+    settings = _section(table, cls, section, problems)
+    if problems:
+        raise UserError(
+            f"[{section}] cannot be set so", "`hmar recipes show NAME` prints every setting of a recipe", problems
+        )
+    return settings
+
+
+def toml_value(text: str) -> Any:
+    """The value that a text stands for as TOML writes it; what is no TOML is taken as a string."""
+    try:
+        parsed = tomli.loads(f"value = {text}")
+    except tomli.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
 def to_toml(recipe: Recipe) -> str:
     """Write every setting; `recipe_from_dict(tomli.loads(...))` gives the same recipe back."""
     text = tomli_w.dumps(to_dict(recipe))
@@ -226,16 +255,8 @@ def _overrides(texts: Sequence[str], problems: list[str]) -> dict[str, Any]:
         if not isinstance(target, dict):
             problems.append(f"--set {text}: {sections[0]} is set to a value already")
             continue
-        target[key] = _toml_value(written.strip())
+        target[key] = toml_value(written.strip())
     return table
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        parsed = tomli.loads(f"value = {text}")
-    except tomli.TOMLDecodeError:
-        return text
-    return parsed["value"] if len(parsed) == 1 else text
 
 
 # Checking one table against the dataclasses
