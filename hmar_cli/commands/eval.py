@@ -82,17 +82,18 @@ def samples(
 
     from hmar_cli.builders import load_classifier
     from hmar_cli.console import console
-    from hmar_cli.data.samples import open_samples
     from hmar_cli.data.sources import open_source
     from hmar_cli.evaluation.compare import compare_images
 
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}", "give one that `hmar sample` wrote, or any with images")
     network, checkpoint = load_classifier(extractor)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     recipe = checkpoint.recipe
     found = compare_images(
         network.to(place),
         checkpoint.class_names,
-        open_samples(folder),
+        open_source(str(folder)),
         open_source(reference, size=recipe.data.size),
         size=recipe.data.size,
         count=count,

@@ -1,22 +1,41 @@
-"""Generated images as a source: a folder that `hmar sample` wrote, or any other folder of images."""
+"""Generated images as a source: a folder that `hmar sample` wrote."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hmar_cli.data.images import UNLABELLED, Example, ImageSource, decode_image, unusable
-from hmar_cli.data.sources import open_source
 from hmar_cli.errors import UserError
 from hmar_cli.files import read_json
 
+RECORD = "sample.json"
+"""What `hmar sample` writes beside the images."""
+
 
 class SampleSource(ImageSource):
-    """Images of a folder that `hmar sample` wrote; image i is of the i-th class name, modulo their number."""
+    """Images of a folder that `hmar sample` wrote, with what each was drawn as.
 
-    def __init__(self, folder: Path, paths: Sequence[Path], drawn: Sequence[str]) -> None:
-        super().__init__(str(folder), tuple(dict.fromkeys(drawn)) or UNLABELLED, len(paths))
-        self._paths = tuple(paths)
-        self._labels = [self.class_names.index(name) for name in drawn] or [0]
+    Args:
+        folder: its name.
+        paths: the images in order.
+        classes: name of each class by its label in the model; empty without classes.
+        labels: image i was drawn as the i-th of them, modulo their number.
+        prompts: the same of texts; empty without.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        paths: Sequence[Path],
+        classes: dict[int, str],
+        labels: Sequence[int],
+        prompts: Sequence[str],
+    ) -> None:
+        order = {label: place for place, label in enumerate(sorted(classes))}  # that of the model's classes
+        names = tuple(classes[label] for label in order)
+        super().__init__(folder, names or UNLABELLED, len(paths), captioned=bool(prompts))
+        self._paths, self._prompts = tuple(paths), tuple(prompts)
+        self._labels = [order[label] for label in labels] if order else [0]
 
     def example(self, index: int) -> Example:
         """Decode one image."""
@@ -24,7 +43,8 @@ class SampleSource(ImageSource):
             image = decode_image(str(self._paths[index]))
         except Exception as error:  # whatever a codec raises on broken bytes
             return unusable(index, error)
-        return Example(index, image, self._labels[index % len(self._labels)])
+        captions = (self._prompts[index % len(self._prompts)],) if self._prompts else ()
+        return Example(index, image, self._labels[index % len(self._labels)], captions)
 
 
 def read_samples(folder: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -34,11 +54,11 @@ def read_samples(folder: Path) -> tuple[dict[str, Any], list[Path]]:
         UserError: another folder, or images that are missing.
     """
     hint = "give a folder that `hmar sample` wrote"
-    if not (folder / "sample.json").is_file():
-        raise UserError(f"no sample.json in {folder}", hint)
-    about: Any = read_json(folder / "sample.json")
+    if not is_samples(folder):
+        raise UserError(f"no {RECORD} in {folder}", hint)
+    about: Any = read_json(folder / RECORD)
     if not isinstance(about, dict):
-        raise UserError(f"{folder / 'sample.json'} holds no settings", hint)
+        raise UserError(f"{folder / RECORD} holds no settings", hint)
     images = sorted(folder.glob("[0-9]" * 6 + ".png"))
     if not images:
         raise UserError(f"no images in {folder}", hint)
@@ -52,17 +72,22 @@ def read_samples(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     return about, images
 
 
-def open_samples(folder: Path) -> ImageSource:
-    """Open a folder of images, by the labels that they were drawn with where `hmar sample` wrote it.
+def is_samples(folder: Path) -> bool:
+    """Whether `hmar sample` wrote this folder."""
+    return (folder / RECORD).is_file()
+
+
+def open_samples(folder: Path) -> SampleSource:
+    """Open a folder that `hmar sample` wrote, by the labels or prompts that its images were drawn with.
 
     Raises:
-        UserError: no folder, none with images, or one whose images are not all there.
+        UserError: another folder, or one whose images are not all there.
     """
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}", "give one that `hmar sample` wrote, or any with images")
-    if not (folder / "sample.json").is_file():
-        return open_source(str(folder))
     about, images = read_samples(folder)
-    names, labels = about.get("class_names"), about.get("labels")
-    known = isinstance(names, list) and isinstance(labels, list) and len(names) == len(labels)
-    return SampleSource(folder, images, [str(name) for name in names] if known and names else [])
+    names, labels, prompts = (about.get(key) or [] for key in ("class_names", "labels", "prompts"))
+    try:
+        classes = {int(label): str(name) for label, name in zip(labels, names, strict=True)}
+        texts = [str(each) for each in prompts]
+    except (TypeError, ValueError):  # not of this program, or of another version
+        classes, labels, texts = {}, [], []
+    return SampleSource(str(folder), images, classes, [int(label) for label in labels], texts)

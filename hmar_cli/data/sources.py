@@ -1,8 +1,10 @@
 """Where images come from: files, hub names, COCO's annotations and drawings, by one spelling.
 
     photos/                               a folder for each class (or pictures without classes)
+    samples/                              what `hmar sample` wrote, with the classes or prompts of its images
     data/train.parquet, data/*.parquet    parquet files, or a folder of them
     shards/*.tar                          WebDataset files, or a folder of them
+    samples.npz                           images as ADM's evaluator reads them (`arr_0`), without labels
     owner/name                            a data set of the Hugging Face hub
     coco:captions.json?images=FOLDER      captions in COCO's own format, and the folder of their images
     builtin:shapes                        coloured shapes, drawn by this program
@@ -13,10 +15,13 @@ Options follow a question mark: `owner/name?split=test&label=fine_label&streamin
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 from hmar_cli.data import scenes, shapes
+from hmar_cli.data.arrays import open_arrays
 from hmar_cli.data.coco import open_coco
 from hmar_cli.data.images import Example, ImageSource
+from hmar_cli.data.samples import is_samples, open_samples
 from hmar_cli.data.spelling import check_options, number, split_options
 from hmar_cli.data.tables import open_table
 from hmar_cli.data.transforms import height_width
@@ -53,13 +58,23 @@ def open_source(spec: str, *, size: Side | None = None) -> ImageSource:
         size: size at which pictures are drawn, 64 by default; other sources ignore it.
 
     Raises:
-        UserError: nothing there, an unknown option, or no column of images.
+        UserError: nothing there, an unknown option, no column of images, or generated images that are not all there.
     """
     location, options = split_options(spec)
     if location.startswith("builtin:"):
         return _open_drawn(spec, location, options, height_width(64 if size is None else size))
     if location.startswith("coco:"):
         return open_coco(spec, location.removeprefix("coco:"), options)
+    if location.endswith(".npz"):
+        check_options(spec, options, ())
+        return open_arrays(Path(location).expanduser())
+    if is_samples(folder := Path(location).expanduser()):
+        if options:
+            raise UserError(
+                f"{spec}: images of `hmar sample` come with what they were drawn as",
+                "leave out what follows the question mark",
+            )
+        return open_samples(folder)
     return open_table(spec, location, options)
 
 

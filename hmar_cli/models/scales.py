@@ -65,6 +65,24 @@ class Scales:
         """The positions of scale k in the sequence."""
         return slice(self.offsets[k], self.offsets[k] + self.lengths[k])
 
+    def for_grid(self, grid: tuple[int, int]) -> "Scales":
+        """The same scales for a last grid of another size: every side in proportion, rounded, at least 1.
+
+        A token of each scale stands for about as many tokens of the last one as before, so that codes which were
+        trained at one size have the same meaning at another.
+
+        Args:
+            grid: rows and columns of the last scale.
+
+        Raises:
+            ValueError: a grid so small that two scales would be alike, or that has no rows or columns.
+        """
+        if min(grid) < 1:
+            raise ValueError(f"expected a grid with sides of at least 1, got {list(grid)}")
+        pairs = (zip(each, grid, self.grid, strict=True) for each in self.grids)
+        sides = [[max((2 * side * new + old) // (2 * old), 1) for side, new, old in pair] for pair in pairs]
+        return Scales.of(sides)
+
     def sides(self) -> list[int | list[int]]:
         """The list as a recipe writes it: a number for a square grid, a pair otherwise."""
         return [h if h == w else [h, w] for h, w in self.grids]

@@ -5,6 +5,7 @@ the last grid (on which features and f_hat live), H W the image.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -334,6 +335,25 @@ class MultiScaleVQ(nn.Module):
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images that the scales belong to."""
         return self.scales.grid[0] * self.stride, self.scales.grid[1] * self.stride
+
+    def at_size(self, size: tuple[int, int]) -> "MultiScaleVQ":
+        """This tokenizer for images of another size: the same weights, shared, and its scales in proportion.
+
+        Args:
+            size: height and width of the images.
+
+        Raises:
+            ValueError: a size that the stride does not divide, or one too small for so many scales.
+        """
+        if any(side < 1 or side % self.stride for side in size):
+            raise ValueError(f"expected a size divisible by {self.stride}, got {list(size)}")
+        if size == self.image_size:
+            return self
+        scales = self.scales.for_grid((size[0] // self.stride, size[1] // self.stride))
+        other, quantizer = copy.copy(self), copy.copy(self.quantizer)
+        other._modules = {**self._modules, "quantizer": quantizer}  # `copy` shares the dictionary, too
+        other.scales = quantizer.scales = scales
+        return other
 
     def features(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] in [-1, 1] to features [B, Z, h, w], float32.

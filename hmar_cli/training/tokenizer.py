@@ -1,12 +1,10 @@
-"""Training and judging tokenizers: the multi-scale VQ tokenizer and the KL autoencoder.
+"""Training tokenizers: the multi-scale VQ tokenizer and the KL autoencoder.
 
 Letters: B batch, K scales, L tokens of all scales, V codes, Z channels of the codebook or of the latents, H W
 height and width of the image, h w those of the latents.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 
 from hmar_cli.models.scales import Scales
 from hmar_cli.settings import KlObjective, MsvqObjective, Reconstruction
-from hmar_cli.tokenizers.kl import KlAutoencoder, divergence, posterior, sample_posterior
+from hmar_cli.tokenizers.kl import KlAutoencoder, divergence, sample_posterior
 from hmar_cli.tokenizers.losses import (
     Lpips,
     PatchDiscriminator,
@@ -255,80 +253,3 @@ class KlTraining(TokenizerTraining):
 def to_signed(images: Tensor) -> Tensor:
     """Turn uint8 images into float32 in [-1, 1]; leave float ones, but for their dtype."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
-
-
-@torch.no_grad()
-def evaluate_tokenizer(model: MultiScaleVQ | KlAutoencoder, images: Iterable[Tensor]) -> dict[str, Any]:
-    """Measure how well a tokenizer reconstructs images, and how it uses its codes or latents.
-
-    Args:
-        model: in evaluation mode.
-        images: batches [B, 3, H, W] on the model's device, uint8 or in [-1, 1].
-
-    Returns:
-        `count`; `psnr` in decibels and `l1` (on [-1, 1]), each a mean over images. Of a multi-scale VQ tokenizer
-        also `usage_per_scale`, the share of the V codes that occur at all, K numbers; `perplexity_per_scale`, the
-        exponential of the entropy of the codes, K numbers; `usage`, the share of codes that any scale uses. Of a
-        KL autoencoder `latent_std`, the standard deviation of all numbers of drawn latents, before any scale, and
-        `posterior_std`, the root mean square of the posteriors' own.
-
-    Raises:
-        ValueError: no image came.
-    """
-    bottleneck = _Codes(model) if isinstance(model, MultiScaleVQ) else _Latents(model)
-    decibels, errors = [], []
-    for batch in images:
-        pixels = to_signed(batch)
-        pictures = bottleneck(pixels)  # [B, 3, H, W]
-        decibels.append(psnr(pixels, pictures).double().cpu())
-        errors.append((pixels - pictures).abs().mean(dim=(1, 2, 3)).double().cpu())
-    if not decibels:
-        raise ValueError("expected at least one batch of images, got none")
-    return {
-        "count": sum(len(part) for part in decibels),
-        "psnr": torch.cat(decibels).mean().item(),
-        "l1": torch.cat(errors).mean().item(),
-        **bottleneck.result(),
-    }
-
-
-class _Codes:
-    """Reconstructs through tokens and counts them."""
-
-    def __init__(self, model: MultiScaleVQ) -> None:
-        self.model = model
-        self.counts = torch.zeros(len(model.scales), model.vocab_size, dtype=torch.long)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        tokens = self.model.encode(images)  # [B, L]
-        for k in range(len(self.counts)):
-            part = tokens[:, self.model.scales.slice(k)].flatten()
-            self.counts[k] += part.bincount(minlength=self.model.vocab_size).cpu()
-        return self.model.decode_tokens(tokens)
-
-    def result(self) -> dict[str, Any]:
-        shares = self.counts / self.counts.sum(dim=1, keepdim=True)  # [K, V]
-        entropy = torch.special.entr(shares).sum(dim=1)
-        return {
-            "usage_per_scale": (self.counts > 0).double().mean(dim=1).tolist(),
-            "perplexity_per_scale": entropy.exp().tolist(),
-            "usage": (self.counts.sum(dim=0) > 0).double().mean().item(),
-        }
-
-
-class _Latents:
-    """Reconstructs through the posterior's mean and keeps sums of the latents."""
-
-    def __init__(self, model: KlAutoencoder) -> None:
-        self.model, self.numbers = model, 0
-        self.sums = torch.zeros(3, dtype=torch.double)  # of means, their squares, and variances
-
-    def __call__(self, images: Tensor) -> Tensor:
-        mean, std = posterior(self.model.moments(images))  # 2 x [B, Z, h, w]
-        parts = torch.stack([x.double().sum() for x in (mean, mean.square(), std.square())])
-        self.sums, self.numbers = self.sums + parts.cpu(), self.numbers + mean.numel()
-        return self.model.decode(mean).clamp(-1, 1)
-
-    def result(self) -> dict[str, Any]:
-        mean, square, variance = (self.sums / self.numbers).tolist()
-        return {"latent_std": (square - mean**2 + variance) ** 0.5, "posterior_std": variance**0.5}

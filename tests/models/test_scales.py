@@ -42,3 +42,23 @@ def test_split_passes_grows_and_refuses_too_many() -> None:
     assert split_passes(256, 4) == tuple(sorted(split_passes(256, 4)))
     with pytest.raises(ValueError, match="1 to 4"):
         split_passes(4, 5)
+
+
+def test_another_grid_has_its_scales_in_proportion() -> None:
+    scales = Scales.of([1, 2, 3, 4, 6])
+    assert scales.for_grid((6, 6)) == scales
+    assert scales.for_grid((12, 18)).sides() == [[2, 3], [4, 6], [6, 9], [8, 12], [12, 18]]
+    assert scales.for_grid((9, 6)).sides() == [
+        [2, 1],
+        [3, 2],
+        [5, 3],
+        [6, 4],
+        [9, 6],
+    ]  # halves are rounded up
+    assert Scales.of([[1, 2], [2, 4]]).for_grid((4, 4)).sides() == [2, 4]
+
+
+@pytest.mark.parametrize("grid", [(0, 6), (6, 0), (3, 3), (2, 1)])
+def test_a_grid_on_which_scales_would_be_alike(grid: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        Scales.of([1, 2, 3, 4, 6]).for_grid(grid)

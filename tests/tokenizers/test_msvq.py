@@ -174,3 +174,27 @@ def test_fingerprint_follows_weights_and_scales():
     same.quantizer.codebook.weight.data[0, 0] += 1e-6
     assert model.fingerprint() != same.fingerprint()
     assert model.fingerprint() != small((1, 3, 4)).fingerprint()
+
+
+def test_another_size_has_the_same_weights_and_leaves_the_tokenizer_as_it_was():
+    model = small()
+    other = model.at_size((16, 24))
+    assert other.scales.sides() == [[2, 3], [4, 6], [8, 12]] and other.image_size == (16, 24)
+    assert model.scales.sides() == [1, 2, 4] and model.quantizer.scales == model.scales
+    assert [id(each) for each in other.parameters()] == [id(each) for each in model.parameters()]
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    assert other.encode(images).shape == (2, 6 + 24 + 96)
+    assert other.reconstruct(images).shape == images.shape
+    before = model.encode(images[..., :8, :8])
+    assert torch.equal(model.encode(images[..., :8, :8]), before)
+    assert model.at_size((8, 8)) is model
+    built = small(other.scales.grids)  # as if it had always had that size
+    built.load_state_dict(model.state_dict())
+    assert torch.equal(other.encode(images), built.encode(images))
+    assert other.fingerprint() == built.fingerprint() != model.fingerprint()
+
+
+@pytest.mark.parametrize("size", [(9, 8), (0, 8), (4, 4)])
+def test_sizes_that_a_tokenizer_cannot_take(size):
+    with pytest.raises(ValueError, match="expected"):
+        small().at_size(size)
