@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "training": {"models", "tokenizers", "data", "checkpoints", "recipe", "settings"},
     "sampling": {"models", "tokenizers", "report", "settings"},
     "pictures": {"models", "tokenizers", "sampling", "report", "settings"},
-    "evaluation": {"models", "tokenizers", "data"},
+    "evaluation": {"models", "tokenizers", "data", "builders"},
     "benchmarks": {"models", "training", "builders", "recipe", "settings"},
     "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},
     "serving.py": {"models", "tokenizers", "sampling", "pictures", "report", "settings"},

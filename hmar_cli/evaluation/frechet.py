@@ -36,12 +36,61 @@ class FeatureStatistics:
         if not len(features):
             return
         rows = features.double()
-        mean = rows.mean(dim=0)  # [F]
-        scatter = (rows - mean).T @ (rows - mean)  # [F, F]
-        total, step = self.count + len(rows), mean - self.mean
-        apart = torch.outer(step, step) * (self.count * len(rows) / total)  # 0 for the first batch
+        batch = FeatureStatistics()
+        batch.count, batch.mean = len(rows), rows.mean(dim=0)  # [F]
+        batch._scatter = (rows - batch.mean).T @ (rows - batch.mean)  # [F, F]
+        self.join(batch)
+
+    def join(self, other: "FeatureStatistics") -> None:
+        """Take in what others found in other images, by the same rule.
+
+        Raises:
+            ValueError: features of another width.
+        """
+        if not other.count:
+            return
+        if not self.count:
+            self.count, self.mean, self._scatter = other.count, other.mean, other._scatter
+            return
+        mean, scatter = other.mean.to(self.mean.device), other._scatter.to(self.mean.device)
+        if mean.shape != self.mean.shape:
+            raise ValueError(f"expected features [B, {len(self.mean)}], got [B, {len(mean)}]")
+        total, step = self.count + other.count, mean - self.mean
+        apart = torch.outer(step, step) * (self.count * other.count / total)  # [F, F]
         self._scatter = self._scatter + scatter + apart
-        self.mean, self.count = self.mean + step * (len(rows) / total), total
+        self.mean, self.count = self.mean + step * (other.count / total), total
+
+    @classmethod
+    def of_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> "FeatureStatistics":
+        """Statistics that someone else computed.
+
+        Args:
+            mean: [F].
+            covariance: [F, F], with count - 1 below the fraction.
+            count: of the images, at least 2.
+
+        Raises:
+            ValueError: other shapes, numbers that are not finite, or a covariance that is not symmetric.
+        """
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count < 2:
+            shapes = [list(mean.shape), list(covariance.shape)]
+            raise ValueError(
+                f"expected a mean [F], a covariance [F, F] and 2 images or more, got {shapes}, {count}"
+            )
+        mean, covariance = mean.double(), covariance.double()
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("expected finite statistics, got some that are not")
+        if not torch.allclose(covariance, covariance.T, rtol=1e-4, atol=1e-6 * float(covariance.abs().max())):
+            raise ValueError("expected a symmetric covariance")
+        found = cls()
+        found.count, found.mean, found._scatter = count, mean, covariance * (count - 1)
+        return found
+
+    def cpu(self) -> "FeatureStatistics":
+        """The same on the CPU."""
+        found = FeatureStatistics()
+        found.count, found.mean, found._scatter = self.count, self.mean.cpu(), self._scatter.cpu()
+        return found
 
     @property
     def covariance(self) -> Tensor:

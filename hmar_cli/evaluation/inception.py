@@ -1,0 +1,121 @@
+"""Inception as FID's authors and ADM used it: torch-fidelity's port of the TensorFlow graph of 2015, and its weights.
+
+torch-fidelity's network takes uint8 images of any size, scales them to 299 px as TensorFlow 1 did, and gives the 2048
+pooled features and the logits without bias that FID, KID, the Inception Score and ADM's precision and recall are
+defined on. sFID's features (Nash et al. 2021; ADM's `mixed_6/conv`) are read from a layer inside.
+
+Letters: B images of a batch, H W their rows and columns.
+"""
+
+import pickle
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hmar_cli.errors import UserError
+from hmar_cli.evaluation.extractors import Extractor, Features
+from hmar_cli.files import atomic_file, file_sha256
+
+PUBLISHED = "6726825d"
+"""First digits of the SHA-256 of the published weights; their file's name carries them too."""
+
+SPATIAL_CHANNELS = 7
+"""Channels of `mixed_6/conv` that sFID takes: 17 x 17 x 7 numbers are about as many as pooled features."""
+
+
+def open_inception(device: torch.device, weights: Path | None = None) -> Extractor:
+    """Open Inception.
+
+    Args:
+        device: where it is to compute.
+        weights: a file as torch-fidelity publishes it; None for that very file, downloaded once.
+
+    Raises:
+        UserError: the file is missing and cannot be downloaded, or holds other weights or more than tensors.
+    """
+    path = weights or published_weights()
+    _require_tensors(path)
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+        )
+    except RuntimeError as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} holds other weights: {line}", _where_from()) from error
+    digest = file_sha256(path)
+    standard = digest.startswith(PUBLISHED)
+    return Extractor(
+        name="inception" if standard else f"inception:{path.name}",
+        fingerprint=digest,
+        look=_Look(network.to(device)),
+        device=device,
+        standard=standard,
+        about={"file": path.name, "features": 2048, "resize": "299 px, bilinear as TensorFlow 1"},
+    )
+
+
+class _Look:
+    """Features of Inception, those of sFID among them."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.inside = network, torch.empty(0)
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, module: Any, arguments: Any, output: Tensor) -> None:
+        self.inside = output[:, :SPATIAL_CHANNELS]  # B 192 17 17 -> B 7 17 17
+
+    def __call__(self, pixels: Tensor) -> Features:
+        pooled, logits = self.network(pixels)  # B 3 H W -> B 2048, B 1008
+        spatial = self.inside.permute(0, 2, 3, 1).flatten(1)  # B 7 17 17 -> B 2023, in TensorFlow's order
+        self.inside = torch.empty(0)
+        return Features(pooled, spatial, logits)
+
+
+def published_weights() -> Path:
+    """The published weights, downloaded where they are not there yet, to where torch-fidelity looks for them.
+
+    Raises:
+        UserError: they cannot be downloaded; the message names the file and its address.
+    """
+    url = _address()
+    target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if target.is_file():
+        return target
+    try:
+        with atomic_file(target) as temporary:
+            torch.hub.download_url_to_file(url, str(temporary), hash_prefix=PUBLISHED, progress=False)
+    except (OSError, urllib.error.URLError, RuntimeError) as error:
+        raise UserError(
+            f"Inception's weights are not there ({target}) and cannot be downloaded: {error}", _where_from()
+        ) from error
+    return target
+
+
+def _address() -> str:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return str(URL_INCEPTION_V3)
+
+
+def _where_from() -> str:
+    return f"fetch {_address()} elsewhere and pass it: --extractor-weights FILE"
+
+
+def _require_tensors(path: Path) -> None:
+    """See that a file holds tensors alone: torch-fidelity unpickles whatever it holds.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"cannot read {path} as weights: {line}", _where_from()) from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise UserError(f"{path} holds no weights by their names", _where_from())

@@ -1,0 +1,193 @@
+"""Statistics of reference sets in files: ADM's, and our own.
+
+    mu, sigma        mean [F] and covariance [F, F] of pooled features
+    mu_s, sigma_s    those of spatial features, for sFID
+    arr_0            ADM's alone: images (10 000 of ImageNet's), for precision and recall, and for nothing else
+    features         our own alone: [M, F] float32, for KID, precision and recall
+    about            our own alone: JSON, of which images, how they were cut, and which extractor looked
+
+Nothing in them is ever unpickled.
+
+Letters: M images, F features.
+"""
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hmar_cli.data.arrays import open_arrays
+from hmar_cli.errors import UserError
+from hmar_cli.evaluation.extractors import Extractor
+from hmar_cli.evaluation.frechet import FeatureStatistics
+from hmar_cli.evaluation.observing import NEEDS_FEATURES, Observations, observe
+from hmar_cli.files import atomic_file, file_sha256
+
+FORMAT, VERSION = "hmar statistics", 1
+
+UNSAID = 2
+"""Images that stand for a number which a file does not say; no distance depends on it."""
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a file holds statistics, ADM's or ours, rather than images alone."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+
+
+def save_statistics(found: Observations, target: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write what an extractor saw in a set of real images, to compare with again and again.
+
+    Args:
+        found: the observations; spatial statistics and features are written where there are any.
+        target: the `.npz` file.
+        about: what else to record.
+
+    Raises:
+        UserError: fewer than two images.
+    """
+    if found.count < 2:
+        raise UserError(
+            f"{found.source} has {found.count} images that can be read; statistics need 2 or more",
+            found.error or "give more images",
+        )
+    record = {
+        "format": FORMAT,
+        "version": VERSION,
+        **found.describe(),
+        "extractor": found.extractor,
+        **(about or {}),
+    }
+    parts = {"mu": found.statistics.mean, "sigma": found.statistics.covariance}
+    if found.spatial is not None:
+        parts |= {"mu_s": found.spatial.mean, "sigma_s": found.spatial.covariance}
+    if found.features is not None:
+        parts["features"] = found.features
+    arrays: dict[str, Any] = {name: part.cpu().numpy() for name, part in parts.items()}
+    arrays["about"] = np.array(json.dumps(record, ensure_ascii=False))
+    with atomic_file(target) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_reference(
+    path: Path, extractor: Extractor, metrics: Sequence[str], batch_size: int = 64
+) -> Observations:
+    """Read statistics of real images.
+
+    ADM's files come without features: where a metric needs them, the extractor looks at the images that they hold.
+
+    Args:
+        path: the `.npz` file.
+        extractor: that looks at the images which are compared.
+        metrics: that will be measured.
+        batch_size: images at once, where there are any to look at.
+
+    Raises:
+        UserError: no such file, another format, statistics by another extractor, or without what a metric needs.
+    """
+    arrays, record = _read(path)
+    try:
+        found = _observations(path, arrays, record, extractor)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no statistics that can be used: {error}", _hint()) from error
+    if found.fingerprint != extractor.fingerprint:
+        raise UserError(
+            f"{path} has statistics of {found.extractor_name} ({found.fingerprint[:12]}), and the extractor is "
+            f"{extractor.name} ({extractor.fingerprint[:12]})",
+            "use the extractor that they were made with, or make them again with this one",
+        )
+    if "sfid" in metrics and found.spatial is None:
+        raise UserError(
+            f"{path} has no mu_s and sigma_s, which sfid needs", "leave sfid out, or make it again"
+        )
+    if (needed := [each for each in metrics if each in NEEDS_FEATURES]) and found.features is None:
+        if "arr_0" not in arrays:
+            raise UserError(
+                f"{path} holds no features of single images, which {needed[0]} needs",
+                f"leave {needed[0]} out, or make it again with that metric",
+            )
+        looked = observe(
+            open_arrays(path),
+            extractor,
+            metrics=needed,
+            batch_size=batch_size,
+            title="looking at the reference",
+        )
+        found.features, found.size = looked.features, looked.size
+    return found
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays by their names (of ADM's images only the name), and the record."""
+    if not path.is_file():
+        raise UserError(f"no file {path}", _hint())
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: None if name == "arr_0" else file[name] for name in file.files}
+        record = json.loads(str(arrays["about"])) if "about" in arrays else {}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path} as statistics: {error}", _hint()) from error
+    if missing := [name for name in ("mu", "sigma") if name not in arrays]:
+        raise UserError(f"{path} holds no {missing[0]}", _hint())
+    if record and (not isinstance(record, dict) or record.get("format") != FORMAT):
+        raise UserError(f"{path} is not a file of statistics of hmar", _hint())
+    if record and record.get("version") != VERSION:
+        raise UserError(
+            f"{path} has version {record.get('version')} of the format, this program reads {VERSION}",
+            "update hmar-cli, or make the file again",
+        )
+    return arrays, record
+
+
+def _observations(
+    path: Path, arrays: Mapping[str, Any], record: Mapping[str, Any], extractor: Extractor
+) -> Observations:
+    """A file's contents; ADM's is taken for one of the published Inception."""
+    count = int(record.get("count") or 0)
+
+    def statistics(mean: str, covariance: str) -> FeatureStatistics | None:
+        if mean not in arrays or covariance not in arrays:
+            return None
+        first, second = (
+            torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in (mean, covariance)
+        )
+        return FeatureStatistics.of_moments(first, second, count or UNSAID)
+
+    pooled = statistics("mu", "sigma")
+    assert pooled is not None
+    features: Tensor | None = None
+    if arrays.get("features") is not None:
+        features = torch.from_numpy(np.asarray(arrays["features"], np.float32))
+        if features.shape != (count, len(pooled.mean)):
+            raise ValueError(f"expected features [{count}, {len(pooled.mean)}], got {list(features.shape)}")
+    size = record.get("size")
+    return Observations(
+        source=str(path),
+        extractor=dict(record.get("extractor") or _adm_extractor(extractor)),
+        standard=extractor.standard,
+        count=count,
+        size=(int(size[0]), int(size[1])) if size else None,
+        crop=str(record.get("crop", "adm")),
+        digest=file_sha256(path),
+        statistics=pooled,
+        spatial=statistics("mu_s", "sigma_s"),
+        features=features,
+    )
+
+
+def _adm_extractor(extractor: Extractor) -> dict[str, Any]:
+    """What files without a record were made with: Inception, whose published weights alone fit."""
+    if extractor.standard:
+        return extractor.describe()
+    return {"name": "inception", "fingerprint": "6726825d, the published weights"}
+
+
+def _hint() -> str:
+    return "give a file of ADM's, such as VIRTUAL_imagenet256_labeled.npz, or one that --make-stats wrote"
