@@ -98,17 +98,19 @@ def print_analysis(
     as_json: bool,
     summary: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    shown: Sequence[Row] = (),
 ) -> None:
     """Show an analysis: a table or JSON on standard output; notes and the files' names on standard error.
 
     Args:
         name: of the analysis.
-        rows: see `save_analysis`; of many rows a table shows the first and the last.
+        rows: see `save_analysis`.
         settings: see `save_analysis`; in the JSON alone.
         files: what was written.
         as_json: print JSON instead of a table: what the file holds, and "files".
         summary: see `save_analysis`; in the JSON alone.
         notes: lines that say what the numbers come to.
+        shown: fewer rows for the table, where there are too many to read; by default all.
     """
     from hmar_cli.console import console
 
@@ -116,14 +118,14 @@ def print_analysis(
         document = {**_document(name, rows, settings, summary), "files": [str(file) for file in files]}
         print(json.dumps(document, indent=2, ensure_ascii=False))
     else:
-        _print_table(rows)
+        _print_table(shown or rows)
     for line in notes:
         console.print(line, highlight=False)
     console.print(f"written: {', '.join(map(str, files))}", highlight=False)
 
 
-def _print_table(rows: Sequence[Row], most: int = 60) -> None:
-    """Print rows as a table; of more than `most` the first and last."""
+def _print_table(rows: Sequence[Row]) -> None:
+    """Print rows as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -132,8 +134,7 @@ def _print_table(rows: Sequence[Row], most: int = 60) -> None:
     for key in keys:
         number = all(isinstance(row.get(key, 0), int | float | None) for row in rows)
         table.add_column(key.replace("_", " "), justify="right" if number else "left", overflow="fold")
-    shown = [*rows[: most // 2], {keys[0]: "…"}, *rows[-(most // 2) :]] if len(rows) > most else rows
-    for row in shown:
+    for row in rows:
         table.add_row(*(_text(row.get(key)) for key in keys))
     width = None if sys.stdout.isatty() else max(TABLE_WIDTH, shutil.get_terminal_size().columns)
     Console(width=width, highlight=False, markup=False).print(table)

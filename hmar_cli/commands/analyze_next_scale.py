@@ -1,7 +1,227 @@
 """`hmar analyze`, the analyses of next-scale models: VAR, HMAR and their tokenizers."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+from hmar_cli.commands import drawing
+from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hmar_cli.analysis.held_out import Subject
+
+LENGTHS = """
+Sequence length against resolution and against sampling steps (HMAR supplement B.1, Figs 7 and 8).
+
+A next-scale model sees all scales of an image, so its sequence is longer than that of next-token prediction. A
+sampling step more is a scale more for VAR, up to one of each side; HMAR's steps redraw tokens that are there.
+
+**Examples**
+
+- `hmar analyze lengths`
+- `hmar analyze lengths --resolutions 256,512 --json`
+"""
+
+SCALES = """
+Held-out loss and accuracy of every scale, and how hard each is to learn (HMAR supplement, Figs 12, 16 and 22).
+
+Every scale is predicted from the true coarser ones. A model with a masked branch is judged twice: at next-scale
+prediction, and at masked prediction of a share of each scale's tokens. Accuracies of a few per cent are normal for
+photographs: most tokens are fine detail.
+
+The third panel takes the least loss of each scale over the models given (give several checkpoints of one run:
+`runs/hmar/step-*`) and fits a log-normal curve to it.
+
+**Examples**
+
+- `hmar analyze scales runs/var runs/hmar-masked --data "builtin:shapes?seed=1" --count 2000`
+- `hmar analyze scales runs/unweighted runs/lognormal --data caches/imagenet-val --out analysis/weighting`
+- `hmar analyze scales runs/hmar-masked --data cifar10-test.parquet --mask-share 0.5 --json`
+"""
+
+ATTENTION = """
+Where trained models look: attention by scale, by token, by distance and by head (HMAR supplement, Figs 9 and 10).
+
+Attention is that of next-scale prediction, averaged over images: held-out ones, or without `--data` the models' own
+samples. Everything is compared with even attention to all keys that a token sees. VAR sees its own and all
+earlier scales, HMAR its own alone: what the mask leaves out is white.
+
+**Examples**
+
+- `hmar analyze attention runs/var runs/hmar --data "builtin:shapes?seed=1"`
+- `hmar analyze attention checkpoints/var-d16 --count 16 --batch-size 4 --out analysis/var-d16`
+"""
+
+Checkpoints = Annotated[
+    list[Path], typer.Argument(help="Checkpoints or run folders of VAR and HMAR.", show_default=False)
+]
+Data = Annotated[
+    str, typer.Option(help="Held-out images: a cache, or a source of images.", show_default=False)
+]
+Count = Annotated[int, typer.Option(min=0, help="Images, evenly spaced over the data; 0 is all.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the files. [default: analysis/ and this name]")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `hmar analyze`."""
+    app.command("lengths", help=LENGTHS)(lengths)
+    app.command("scales", help=SCALES)(scales)
+    app.command("attention", help=ATTENTION)(attention)
+
+
+def folder(out: Path | None, name: str) -> Path:
+    """Where an analysis goes."""
+    return out or Path("analysis") / name
+
+
+def choose_device(device: str) -> "torch.device":
+    """Where to compute: a GPU where there is one.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    from hmar_cli.launch import check_device
+
+    check_device(device)
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_subjects(
+    checkpoints: Sequence[Path], weights: str, tokenizer: Path | None, device: str
+) -> "list[Subject]":
+    """Load models that share a tokenizer, under names that differ."""
+    place = choose_device(device)
+    from hmar_cli.analysis.held_out import load_subject, require_same_tokenizer
+    from hmar_cli.commands.curves import names
+
+    titles = names(list(checkpoints))
+    subjects = [
+        load_subject(path, name, place, weights, tokenizer)
+        for path, name in zip(checkpoints, titles, strict=True)
+    ]
+    require_same_tokenizer(subjects)
+    return subjects
+
+
+def lengths(
+    resolutions: Annotated[str, typer.Option(help="Pixels at which steps are added: 256,512,1024.")] = "256",
+    out: Out = None,
+    as_json: drawing.AsJson = False,
+) -> None:
+    """Draw Figs 7 and 8; the help text is `LENGTHS`."""
+    from hmar_cli.analysis.results import Row, print_analysis, save_analysis
+    from hmar_cli.benchmarks.cases import RESOLUTIONS, lengths_by_resolution, lengths_by_steps
+    from hmar_cli.benchmarks.charts import length_chart
+
+    known = [str(pixels) for pixels in RESOLUTIONS]
+    asked = [part.strip() for part in resolutions.split(",")]
+    if unknown := [part for part in asked if part not in known]:
+        raise UserError(
+            f"--resolutions {resolutions}: no scales for {unknown[0]!r}", f"use {', '.join(known)}"
+        )
+    by_resolution = lengths_by_resolution()
+    by_steps = {int(pixels): lengths_by_steps(RESOLUTIONS[int(pixels)]) for pixels in asked}
+    rows: list[Row] = [{"figure": "7", **row} for row in by_resolution]
+    rows += [{"figure": "8", "pixels": pixels, **row} for pixels, own in by_steps.items() for row in own]
+    target = folder(out, "lengths")
+    length_chart(by_resolution, by_steps, target / "lengths.png")
+    settings = {"sides": {str(pixels): list(sides) for pixels, sides in RESOLUTIONS.items()}}
+    files = save_analysis(target, "lengths", rows, settings, None)
+    print_analysis("lengths", rows, settings, [target / "lengths.png", *files], as_json=as_json)
+
+
+def scales(
+    checkpoints: Checkpoints,
+    data: Data,
+    count: Count = 1000,
+    mask_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Of masked tokens a scale. [default: evenly over 0 to 1, as in training]"
+        ),
+    ] = None,
+    seed: drawing.Seed = 0,
+    batch_size: BatchSize = 32,
+    weights: drawing.Weights = "",
+    tokenizer: drawing.Tokenizer = None,
+    device: drawing.Device = "",
+    out: Out = None,
+    as_json: drawing.AsJson = False,
+) -> None:
+    """Draw Figs 12, 16 and 22; the help text is `SCALES`."""
+    subjects = load_subjects(checkpoints, weights, tokenizer, device)
+    from hmar_cli.analysis.held_out import read_held_out
+    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.analysis.scales import measure_scales, scale_figure, summarize, tasks
+
+    grids = subjects[0].model.scales
+    held_out = read_held_out(data, subjects[0].codec, count=count, batch_size=batch_size)
+    rows = [
+        row
+        for subject in subjects
+        for task in tasks(subject)
+        for row in measure_scales(subject, held_out, task, batch_size=batch_size, seed=seed, share=mask_share)
+    ]
+    settings = {
+        "models": [subject.describe() for subject in subjects],
+        "held_out": held_out.about,
+        "sides": grids.sides(),
+        "mask_share": mask_share,
+        "seed": seed,
+        "precision": "fp32",
+    }
+    summary = summarize(rows, grids)
+    figure = scale_figure(rows, grids)
+    files = save_analysis(folder(out, "scales"), "scales", rows, settings, figure, summary=summary)
+    notes = [
+        f"{each['model']}, {each['task']}: cross-entropy {each['cross_entropy']:.4g} nats, "
+        f"accuracy {each['accuracy']:.2%} of all its tokens"
+        for each in summary["totals"]
+    ]
+    print_analysis("scales", rows, settings, files, as_json=as_json, summary=summary, notes=notes)
+
+
+def attention(
+    checkpoints: Checkpoints,
+    data: Annotated[
+        str, typer.Option(help="Cache or source of images. [default: each model's own samples]")
+    ] = "",
+    count: Count = 64,
+    seed: drawing.Seed = 0,
+    batch_size: BatchSize = 16,
+    weights: drawing.Weights = "",
+    tokenizer: drawing.Tokenizer = None,
+    device: drawing.Device = "",
+    out: Out = None,
+    as_json: drawing.AsJson = False,
+) -> None:
+    """Draw Figs 9 and 10; the help text is `ATTENTION`."""
+    subjects = load_subjects(checkpoints, weights, tokenizer, device)
+    from hmar_cli.analysis.attention import attention_figure, attention_rows, measure_attention, scale_pairs
+    from hmar_cli.analysis.held_out import draw_held_out, read_held_out
+    from hmar_cli.analysis.results import print_analysis, save_analysis
+
+    given = read_held_out(data, subjects[0].codec, count=count, batch_size=batch_size) if data else None
+    found, images = {}, {}
+    for subject in subjects:
+        shown = given or draw_held_out(subject, count=count, seed=seed, batch_size=batch_size)
+        found[subject.name] = measure_attention(subject, shown, batch_size)
+        images[subject.name] = shown.about
+    rows = [row for name, patterns in found.items() for row in attention_rows(name, patterns)]
+    pairs = [row for name, patterns in found.items() for row in scale_pairs(name, patterns)]
+    settings = {
+        "models": [subject.describe() for subject in subjects],
+        "images": images,
+        "sides": subjects[0].model.scales.sides(),
+        "precision": "fp32",
+    }
+    target, summary = folder(out, "attention"), {"scale_pairs": pairs}
+    files = save_analysis(target, "attention", rows, settings, attention_figure(found), summary=summary)
+    print_analysis("attention", rows, settings, files, as_json=as_json, summary=summary, shown=pairs)
