@@ -238,10 +238,11 @@ def _open_clip(text: str, device: torch.device, weights: Path | None) -> Extract
 
     tower, _, tag = text.partition("/")
     network = open_image_tower(tower, tag, weights, device)
+    chosen = [part for part in (tag, weights.name if weights else "") if part]
     return Extractor(
-        name=f"open_clip:{tower}/{weights.name if weights else tag}",
+        name="/".join([f"open_clip:{tower}", *chosen]),
         fingerprint=network.fingerprint,
         look=lambda pixels: Features(network(pixels)),
         device=device,
-        about={"tower": tower, "weights": str(weights) if weights else tag, **network.describe()},
+        about={"tower": tower, "weights": str(weights) if weights else tag, "resize": "as open_clip"},
     )

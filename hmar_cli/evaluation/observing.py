@@ -57,7 +57,8 @@ class Observations:
         right: images that the extractor assigns to their own class, if so.
         unreadable: images that could not be read, which count nowhere else.
         error: why the first of them could not.
-        shown: the first images [H, W, 3], as many as were asked for.
+        shown: the first images [H, W, 3], at most `showing`.
+        showing: how many of them were asked for.
         seconds: that looking took.
         indices: [N] int64, places of the measured images in the set; their order is that of the features.
         digests: SHA-256 of each of them.
@@ -79,6 +80,7 @@ class Observations:
     unreadable: int = 0
     error: str = ""
     shown: list[Pixels] = field(default_factory=list)
+    showing: int = 0
     seconds: float = 0.0
     indices: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     digests: list[bytes] = field(default_factory=list)
@@ -169,24 +171,36 @@ def observe(
         looking.name_classes(source.class_names)
         looking.found.source = source.name
         total = min(count or sys.maxsize, source.length or sys.maxsize)
+        mine = _share_of(total, batch_size, share)
         threads = workers or min(16, os.cpu_count() or 1)
         batches = _batches_of_source(source, total, batch_size, threads, looking.prepare, share)
     else:
         looking.name_classes(labels or ())
         looking.found.source = name
         total = count or sys.maxsize
+        mine = None if share[1] > 1 or not count else count
         batches = _batches_of_tensors(source, total, looking.prepare, labels or (), share)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         bar = None
         if share[0] == 0:
-            known = total if total < sys.maxsize else None
-            bar = stack.enter_context(progress(title, known))
+            title += f" (one of {share[1]} processes)" * (share[1] > 1)
+            bar = stack.enter_context(progress(title, mine))
         for batch in batches:
             looking.add(batch)
             if bar is not None:
-                bar.advance(len(batch) * share[1])
+                bar.advance(len(batch))
     return looking.finish(time.perf_counter() - start)
+
+
+def _share_of(total: int, size: int, share: tuple[int, int]) -> int | None:
+    """How many of `total` images are in this process's batches; None if nobody knows their number."""
+    process, processes = share
+    if total == sys.maxsize:
+        return None
+    whole, rest = divmod(total, size)
+    mine = len(range(process, whole, processes)) * size
+    return mine + (rest if whole % processes == process else 0)
 
 
 @dataclass
@@ -259,11 +273,9 @@ class _Looking:
         self, extractor: Extractor, metrics: Sequence[str], cut: ImageTransform | None, shown: int
     ) -> None:
         self.extractor, self.metrics, self.cut = extractor, metrics, cut
-        self.rng, self.wanted = (
-            np.random.default_rng(0),
-            shown,
-        )  # of a transform that leaves nothing to chance
+        self.rng = np.random.default_rng(0)  # for a transform that leaves nothing to chance
         self.found = Observations(source="", extractor=extractor.describe(), standard=extractor.standard)
+        self.found.showing = shown
         self.found.crop = "none" if cut is None else cut.crop
         self.found.size = None if cut is None else height_width(cut.size)
         self.labels: list[int] = []
@@ -309,7 +321,7 @@ class _Looking:
             found.right += int((logits.argmax(dim=1).cpu() == torch.tensor(own)).sum())
         self.indices += [each.index for each, _ in good]
         found.digests += [each.digest for each, _ in good]
-        found.shown += [each for _, each in good][: self.wanted - len(found.shown)]
+        found.shown += [each for _, each in good][: found.showing - len(found.shown)]
 
     def _require(self, part: Tensor | None, metric: str) -> Tensor:
         if part is None:
@@ -384,8 +396,7 @@ def join(parts: Sequence[Observations]) -> Observations:
     )
     whole.error = min((part.error for part in parts if part.error), key=_image_number, default="")
     shown = [(int(i), each) for part in parts for i, each in zip(part.indices, part.shown, strict=False)]
-    most = max(len(part.shown) for part in parts)
-    whole.shown = [each for _, each in sorted(shown, key=lambda pair: pair[0])][:most]
+    whole.shown = [each for _, each in sorted(shown, key=lambda pair: pair[0])][: whole.showing]
     whole.seconds = max(part.seconds for part in parts)
     return whole
 

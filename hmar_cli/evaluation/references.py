@@ -25,6 +25,7 @@ from hmar_cli.data.arrays import open_arrays
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.frechet import FeatureStatistics
+from hmar_cli.evaluation.inception import PUBLISHED
 from hmar_cli.evaluation.observing import NEEDS_FEATURES, Observations, observe
 from hmar_cli.files import atomic_file, file_sha256
 
@@ -120,7 +121,7 @@ def read_reference(
             batch_size=batch_size,
             title="looking at the reference",
         )
-        found.features, found.size = looked.features, looked.size
+        found.features = looked.features
     return found
 
 
@@ -167,7 +168,7 @@ def _observations(
         features = torch.from_numpy(np.asarray(arrays["features"], np.float32))
         if features.shape != (count, len(pooled.mean)):
             raise ValueError(f"expected features [{count}, {len(pooled.mean)}], got {list(features.shape)}")
-    size = record.get("size")
+    size = record.get("size") or (open_arrays(path).shape[1:3] if "arr_0" in arrays else None)
     return Observations(
         source=str(path),
         extractor=dict(record.get("extractor") or _adm_extractor(extractor)),
@@ -186,7 +187,7 @@ def _adm_extractor(extractor: Extractor) -> dict[str, Any]:
     """What files without a record were made with: Inception, whose published weights alone fit."""
     if extractor.standard:
         return extractor.describe()
-    return {"name": "inception", "fingerprint": "6726825d, the published weights"}
+    return {"name": "inception", "fingerprint": PUBLISHED}
 
 
 def _hint() -> str:

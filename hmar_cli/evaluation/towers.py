@@ -1,63 +1,48 @@
 """Image towers of open_clip as extractors: from uint8 images of any size to an embedding.
 
-Images are scaled and normalised as open_clip's own preprocessing does, on the device.
+Images go through open_clip's own preprocessing, picture by picture, so that nothing differs from its users' numbers.
 
 Letters: B images of a batch, H W their rows and columns, R the tower's resolution, F features.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hmar_cli.errors import UserError
 from hmar_cli.models.text import FILE_SUFFIXES
 from hmar_cli.tokenizers.blocks import hash_weights
 
+ELSEWHERE = "fetch them where there is a network and pass the file: --extractor-weights FILE"
 
-class ImageTower(nn.Module):
+
+class ImageTower:
     """The image side of a CLIP model (Radford et al. 2021) of open_clip.
 
     Args:
         network: open_clip's image tower.
-        size: (R, R), rows and columns that it takes.
-        mean: of the three colours, in [0, 1].
-        std: likewise.
+        preprocess: from a picture to its input [3, R, R].
+        device: where it computes.
 
     Attributes:
         fingerprint: SHA-256 of the weights.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
-        self, network: nn.Module, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+        self, network: nn.Module, preprocess: Callable[[Image.Image], Tensor], device: torch.device
     ) -> None:
-        super().__init__()
-        self.network, self.size = network, size
         self.fingerprint = hash_weights(network.state_dict(), b"open_clip image tower")
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.network, self.preprocess, self.device = network.to(device), preprocess, device
 
-    def describe(self) -> dict[str, Any]:
-        """The preprocessing, for the record."""
-        return {"resize": f"{self.size[1]} x {self.size[0]}, bicubic with antialiasing, centre crop"}
-
-    def forward(self, pixels: Tensor) -> Tensor:
+    def __call__(self, pixels: Tensor) -> Tensor:
         """Embeddings [B, F], not normalised, of uint8 images [B, 3, H, W]."""
-        (height, width), (rows, columns) = pixels.shape[2:], self.size
-        scale = max(rows / height, columns / width)
-        images = pixels.float()
-        if scale != 1:
-            target = (max(round(height * scale), rows), max(round(width * scale), columns))
-            images = F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False)
-            images = images.round().clamp(0, 255)  # as a picture of 8 bits a colour
-        top, left = (images.shape[2] - rows) // 2, (images.shape[3] - columns) // 2
-        images = images[:, :, top : top + rows, left : left + columns]  # B 3 H W -> B 3 R R
-        found = self.network((images / 255 - self.mean) / self.std)  # B 3 R R -> B F
+        pictures = [Image.fromarray(each) for each in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        inputs = torch.stack([self.preprocess(each) for each in pictures])  # B 3 H W -> B 3 R R
+        found = self.network(inputs.to(self.device))  # B 3 R R -> B F
         return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
 
 
@@ -67,7 +52,8 @@ def open_image_tower(tower: str, tag: str, weights: Path | None, device: torch.d
     Args:
         tower: its name, such as "ViT-B-32".
         tag: of its weights, such as "openai", which open_clip downloads.
-        weights: a local file of the whole model instead.
+        weights: a local file of the whole model instead; the tag, if there is one, still says how its images are
+            prepared and which GELU it has.
         device: where it is to compute.
 
     Raises:
@@ -80,27 +66,30 @@ def open_image_tower(tower: str, tag: str, weights: Path | None, device: torch.d
         raise UserError(
             f"extractor {spec}: open_clip has no tower {tower!r}", "such as open_clip:ViT-B-32/openai"
         )
-    if weights is None and tag not in tags:
+    if (tag or weights is None) and tag not in tags:
+        known = (
+            f"open_clip knows {', '.join(tags)}" if tags else "open_clip knows none: --extractor-weights FILE"
+        )
         raise UserError(
-            f"extractor {spec}: " + (f"no weights {tag!r} of {tower}" if tag else "weights are not named"),
-            f"open_clip knows {', '.join(tags)}; or pass a file: --extractor-weights FILE"
-            if tags
-            else "pass a file: --extractor-weights FILE",
+            f"extractor {spec}: " + (f"no weights {tag!r}" if tag else "its weights are missing"), known
         )
     if weights is not None and weights.suffix not in FILE_SUFFIXES:
         raise UserError(
             f"{weights}: unknown kind of file", f"expected one of {', '.join(sorted(FILE_SUFFIXES))}"
         )
+    config: dict[str, Any] = open_clip.get_pretrained_cfg(tower, tag) if tag else {}
     try:
-        model = open_clip.create_model(tower, pretrained=str(weights) if weights else tag, weights_only=True)
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            tower,
+            pretrained=str(weights) if weights else tag,
+            weights_only=True,
+            force_quick_gelu=bool(config.get("quick_gelu", False)),
+            image_mean=config.get("mean"),
+            image_std=config.get("std"),
+            image_interpolation=config.get("interpolation"),
+            image_resize_mode=config.get("resize_mode"),
+        )
     except Exception as error:  # open_clip raises whatever its readers and the hub do
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"extractor {spec}: the weights cannot be loaded: {line}",
-            "fetch them where there is a network and pass the file: --extractor-weights FILE",
-        ) from error
-    about = open_clip.get_model_preprocess_cfg(model)
-    side = about["size"]
-    size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
-    made = ImageTower(model.visual, size, tuple(about["mean"]), tuple(about["std"]))
-    return made.requires_grad_(False).to(device).eval()
+        raise UserError(f"extractor {spec}: the weights cannot be loaded: {line}", ELSEWHERE) from error
+    return ImageTower(model.visual.requires_grad_(False).eval(), preprocess, device)
