@@ -8,7 +8,8 @@
 
 All take uint8 images and compute in float32, without TF32 or autocast, so that numbers of two machines compare.
 
-Letters: B images of a batch, H W their rows and columns, F pooled features, S spatial features, C classes.
+Letters: B images of a batch, H W their rows and columns, F pooled features, S spatial features, C classes, R what a
+tower of open_clip scales them to.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from hmar_cli.data.spelling import split_options
@@ -33,6 +35,8 @@ from hmar_cli.tokenizers.msvq import full_float32
 SPELLINGS = (
     "inception, open_clip:TOWER/TAG, torchscript:FILE, module:package.module:callable, or a classifier"
 )
+
+CLIP_HINT = "such as open_clip:ViT-B-32/openai; where nothing can be downloaded: --extractor-weights FILE"
 
 
 class Features(NamedTuple):
@@ -233,16 +237,27 @@ def _features(found: Any) -> Features:
 
 
 def _open_clip(text: str, device: torch.device, weights: Path | None) -> Extractor:
-    """An image tower of open_clip."""
-    from hmar_cli.evaluation.towers import open_image_tower
+    """An image tower of open_clip (CLIP, Radford et al. 2021), with open_clip's own preprocessing."""
+    from hmar_cli.models.clip import Clip
 
     tower, _, tag = text.partition("/")
-    network = open_image_tower(tower, tag, weights, device)
+    try:
+        model = Clip.from_pretrained(tower, tag, weights)
+    except (ValueError, FileNotFoundError, ConnectionError) as error:
+        raise UserError(f"extractor open_clip:{text}: {error}", CLIP_HINT) from error
+    network = model.network.visual.to(device)  # type: ignore[union-attr]
+
+    def look(pixels: Tensor) -> Features:
+        pictures = [Image.fromarray(each) for each in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        inputs = torch.stack([model.preprocess(each) for each in pictures]).to(device)  # B 3 H W -> B 3 R R
+        found = network(inputs)  # B 3 R R -> B F, or with the features of all places
+        return Features(found[0] if isinstance(found, tuple) else found)
+
     chosen = [part for part in (tag, weights.name if weights else "") if part]
     return Extractor(
         name="/".join([f"open_clip:{tower}", *chosen]),
-        fingerprint=network.fingerprint,
-        look=lambda pixels: Features(network(pixels)),
+        fingerprint=hash_weights(network.state_dict(), b"open_clip image tower"),
+        look=look,
         device=device,
-        about={"tower": tower, "weights": str(weights) if weights else tag, "resize": "as open_clip"},
+        about={"weights": str(weights) if weights else tag, "preprocessing": model.preprocessing},
     )
