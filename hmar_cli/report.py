@@ -77,6 +77,67 @@ def _captioned(tiles: Sequence[np.ndarray[Any, Any]], captions: Sequence[str]) -
     return result
 
 
+def labelled_grid(rows: Mapping[str, Sequence[np.ndarray[Any, Any]]]) -> Image.Image:
+    """Lay out a row of images for each label, which stands to its left; images are enlarged until there is room.
+
+    Args:
+        rows: uint8 arrays [H, W, 3] of one size, by label.
+
+    Raises:
+        ValueError: no images.
+    """
+    columns = max(map(len, rows.values()), default=0)
+    if not columns:
+        raise ValueError("expected at least one row of images")
+    size = next(images for images in rows.values() if len(images))[0].shape
+    factor = math.ceil(64 / min(size[:2]))
+    height, width = size[0] * factor, size[1] * factor
+    font, gap = ImageFont.load_default(13), 4
+    texts = {label: textwrap.wrap(label, 24) or [""] for label in rows}
+    room = 12 + math.ceil(max(font.getlength(line) for lines in texts.values() for line in lines))
+    canvas = Image.new("RGB", (room + columns * (width + gap), len(rows) * (height + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for y, (label, images) in enumerate(rows.items()):
+        top = y * (height + gap)
+        pen.multiline_text((4, top + height / 2), "\n".join(texts[label]), "black", font, anchor="lm")
+        for x, tile in enumerate(images):
+            large = tile.repeat(factor, axis=0).repeat(factor, axis=1)
+            canvas.paste(Image.fromarray(large), (room + x * (width + gap), top))
+    return canvas
+
+
+def pairs_grid(
+    pairs: Sequence[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]], columns: int = 0
+) -> Image.Image:
+    """Lay out pairs of images, the first of each above the second; smaller ones stand on white.
+
+    Args:
+        pairs: uint8 arrays [H, W, 3]; both of a pair have one size.
+        columns: pairs a row; 0 fits about 2000 pixels.
+
+    Raises:
+        ValueError: no pairs.
+    """
+    if not pairs:
+        raise ValueError("expected at least one pair of images")
+    height, width = (max(first.shape[axis] for first, _ in pairs) for axis in (0, 1))
+    factor = math.ceil(64 / min(height, width))
+    columns = min(columns or max(2000 // (factor * width), 1), len(pairs))
+    blank = np.full((factor * height, factor * width, 3), 255, np.uint8)
+
+    def tile(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        large, canvas = image.repeat(factor, axis=0).repeat(factor, axis=1), blank.copy()
+        canvas[: large.shape[0], : large.shape[1]] = large
+        return canvas
+
+    tiles = []
+    for start in range(0, len(pairs), columns):
+        row = pairs[start : start + columns]
+        for which in (0, 1):
+            tiles += [tile(pair[which]) for pair in row] + [blank] * (columns - len(row))
+    return image_grid(tiles, columns)
+
+
 def save_png(image: Image.Image, target: Path) -> None:
     """Write a PNG file that is either complete or absent."""
     with atomic_file(target) as temporary:
@@ -141,6 +202,7 @@ def dress_axes(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def save_figure(figure: "Figure", target: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,9 @@ from hmar_cli.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from hmar_cli.analysis.held_out import Subject
+    from hmar_cli.analysis.held_out import HeldOut, Subject
+    from hmar_cli.analysis.reconstruction import Bench
+    from hmar_cli.settings import NextScaleSample
 
 LENGTHS = """
 Sequence length against resolution and against sampling steps (HMAR supplement B.1, Figs 7 and 8).
@@ -56,6 +58,34 @@ earlier scales, HMAR its own alone: what the mask leaves out is white.
 - `hmar analyze attention checkpoints/var-d16 --count 16 --batch-size 4 --out analysis/var-d16`
 """
 
+TEACHER_FORCING = """
+How errors pile up over scales (HMAR supplement D.1, Fig. 17): images that start from true tokens.
+
+The first k scales of held-out images are given, for every k from none to all, and the model draws the rest as
+`hmar sample` would. Few known scales give another picture of the class, all of them what the tokenizer makes of the
+image. The grid has a row for each k. PSNR is against the images; with `--extractor` their Fréchet distance from the
+drawn ones is measured, too, and of a classifier the share whose class it finds.
+
+**Examples**
+
+- `hmar analyze teacher-forcing runs/var --data "builtin:shapes?seed=1"`
+- `hmar analyze teacher-forcing runs/var runs/hmar --data cifar10-test.parquet --extractor runs/classifier-cifar10`
+- `hmar analyze teacher-forcing checkpoints/var-d16 --data imagenet-val/ --count 64 --extractor inception`
+"""
+
+HALF_MASKED = """
+Reconstruction from half-masked scales (HMAR supplement D.2, Fig. 18).
+
+Half of the tokens of every scale of held-out images are masked; a model with a masked branch chooses them given the
+others. Beside it stand next-scale prediction, which chooses every token given the true coarser scales, the tokenizer
+alone, and chance: the masked tokens of another image. The most probable tokens are taken, nothing is drawn.
+
+**Examples**
+
+- `hmar analyze half-masked runs/var runs/hmar-masked --data "builtin:shapes?seed=1"`
+- `hmar analyze half-masked runs/hmar-masked --data photos/ --share 0.75 --extractor runs/classifier`
+"""
+
 Checkpoints = Annotated[
     list[Path], typer.Argument(help="Checkpoints or run folders of VAR and HMAR.", show_default=False)
 ]
@@ -64,6 +94,13 @@ Data = Annotated[
 ]
 Count = Annotated[int, typer.Option(min=0, help="Images, evenly spaced over the data; 0 is all.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the files. [default: analysis/ and this name]")]
+Pictures = Annotated[str, typer.Option(help="Source of held-out images.", show_default=False)]
+Extractor = Annotated[
+    str,
+    typer.Option(help="Also measure distances: a classifier's run, inception, open_clip:TOWER/TAG, …."),
+]
+ExtractorWeights = Annotated[Path | None, typer.Option(help="Local file of its weights.")]
+Shown = Annotated[int, typer.Option(min=1, max=64, help="Images in a row of the grid.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 
 
@@ -72,6 +109,8 @@ def register(app: typer.Typer) -> None:
     app.command("lengths", help=LENGTHS)(lengths)
     app.command("scales", help=SCALES)(scales)
     app.command("attention", help=ATTENTION)(attention)
+    app.command("teacher-forcing", help=TEACHER_FORCING)(teacher_forcing)
+    app.command("half-masked", help=HALF_MASKED)(half_masked)
 
 
 def folder(out: Path | None, name: str) -> Path:
@@ -225,3 +264,124 @@ def attention(
     target, summary = folder(out, "attention"), {"scale_pairs": pairs}
     files = save_analysis(target, "attention", rows, settings, attention_figure(found), summary=summary)
     print_analysis("attention", rows, settings, files, as_json=as_json, summary=summary, shown=pairs)
+
+
+def open_bench(
+    held_out: "HeldOut", subject: "Subject", extractor: str, weights: Path | None, batch_size: int, shown: int
+) -> "tuple[Bench, dict[str, Any] | None]":
+    """What versions of images are judged by, and its extractor for the record."""
+    from hmar_cli.analysis.reconstruction import Bench
+    from hmar_cli.evaluation.extractors import open_extractor
+
+    looking = open_extractor(extractor, subject.device, weights) if extractor else None
+    bench = Bench(held_out, subject.codec, looking, batch_size=batch_size, shown=shown)
+    return bench, looking.describe() if looking else None
+
+
+def next_scale_settings(subject: "Subject", given: dict[str, Any]) -> "NextScaleSample":
+    """How a VAR or HMAR samples: by its recipe, but for the flags that were given."""
+    from hmar_cli.settings import NextScaleSample
+
+    settings = drawing.resolve(subject.checkpoint, given)
+    assert isinstance(settings, NextScaleSample)
+    return settings
+
+
+def teacher_forcing(
+    checkpoints: Checkpoints,
+    data: Pictures,
+    count: Count = 200,
+    extractor: Extractor = "",
+    extractor_weights: ExtractorWeights = None,
+    cfg: drawing.Cfg = None,
+    top_k: drawing.TopK = None,
+    top_p: drawing.TopP = None,
+    schedule: drawing.SchedulePasses = "recipe",
+    refine_cfg: drawing.RefineCfg = None,
+    shown: Shown = 8,
+    seed: drawing.Seed = 0,
+    batch_size: BatchSize = 32,
+    weights: drawing.Weights = "",
+    tokenizer: drawing.Tokenizer = None,
+    device: drawing.Device = "",
+    precision: drawing.Precision = "auto",
+    out: Out = None,
+    as_json: drawing.AsJson = False,
+) -> None:
+    """Draw Fig. 17; the help text is `TEACHER_FORCING`."""
+    given = drawing.given_settings(
+        {**dict.fromkeys(drawing.SETTINGS), "cfg": cfg, "top_k": top_k, "top_p": top_p}
+        | {"schedule": schedule, "refine_cfg": refine_cfg}
+    )
+    subjects = load_subjects(checkpoints, weights, tokenizer, device)
+    samplers = {subject.name: next_scale_settings(subject, given) for subject in subjects}
+    from dataclasses import asdict
+
+    from hmar_cli.analysis.held_out import read_held_out
+    from hmar_cli.analysis.reconstruction import judge_all, known_scales, known_scales_figure
+    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.report import labelled_grid
+
+    held_out = read_held_out(data, subjects[0].codec, count=count, batch_size=batch_size, pictures=True)
+    bench, judge = open_bench(held_out, subjects[0], extractor, extractor_weights, batch_size, shown)
+    versions = [
+        version
+        for subject in subjects
+        for version in known_scales(subject, held_out, samplers[subject.name], seed=seed, precision=precision)
+    ]
+    rows, tiles = judge_all(bench, versions)
+    settings = {
+        "models": [{**subject.describe(), "sample": asdict(samplers[subject.name])} for subject in subjects],
+        "held_out": held_out.about,
+        "extractor": judge,
+        "seed": seed,
+        "precision": precision,
+    }
+    name, figure = "teacher-forcing", known_scales_figure(rows, subjects[0].model.scales)
+    files = save_analysis(folder(out, name), name, rows, settings, figure, grid=labelled_grid(tiles))
+    print_analysis(name, rows, settings, files, as_json=as_json)
+
+
+def half_masked(
+    checkpoints: Checkpoints,
+    data: Pictures,
+    count: Count = 200,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of masked tokens of every scale.")] = 0.5,
+    extractor: Extractor = "",
+    extractor_weights: ExtractorWeights = None,
+    shown: Shown = 8,
+    seed: drawing.Seed = 0,
+    batch_size: BatchSize = 32,
+    weights: drawing.Weights = "",
+    tokenizer: drawing.Tokenizer = None,
+    device: drawing.Device = "",
+    out: Out = None,
+    as_json: drawing.AsJson = False,
+) -> None:
+    """Draw Fig. 18; the help text is `HALF_MASKED`."""
+    subjects = load_subjects(checkpoints, weights, tokenizer, device)
+    if all(subject.model.masked is None for subject in subjects):
+        raise UserError(
+            f"{checkpoints[0]} has no masked branch",
+            "give a model that `hmar finetune-masked` made, alone or among others",
+        )
+    from hmar_cli.analysis import reconstruction
+    from hmar_cli.analysis.held_out import read_held_out
+    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.report import labelled_grid
+
+    held_out = read_held_out(data, subjects[0].codec, count=count, batch_size=batch_size, pictures=True)
+    bench, judge = open_bench(held_out, subjects[0], extractor, extractor_weights, batch_size, shown)
+    versions = reconstruction.half_masked(subjects, held_out, share=share, seed=seed)
+    rows, tiles = reconstruction.judge_all(bench, versions)
+    settings = {
+        "models": [subject.describe() for subject in subjects],
+        "held_out": held_out.about,
+        "extractor": judge,
+        "share": share,
+        "seed": seed,
+        "precision": "fp32",
+    }
+    name, figure = "half-masked", reconstruction.half_masked_figure(rows)
+    files = save_analysis(folder(out, name), name, rows, settings, figure, grid=labelled_grid(tiles))
+    print_analysis(name, rows, settings, files, as_json=as_json)
