@@ -120,10 +120,10 @@ class ClipTextEncoder(nn.Module):
         """
         import open_clip
 
-        config = _tower_config(tower)
+        config = tower_config(tower)
         path, quick_gelu = Path(weights).expanduser(), bool(config.get("quick_gelu", False))
         if path.is_file():
-            state = _read_state(path)
+            state = read_state(path)
             quick_gelu |= bool(state.keys() & OPENAI_KEYS)
         elif path.suffix in FILE_SUFFIXES or "/" in weights:
             raise FileNotFoundError(f"no such file: {weights}")
@@ -135,10 +135,10 @@ class ClipTextEncoder(nn.Module):
                     f"expected one of the weights of {tower}, {', '.join(known)}, got {weights!r}"
                 )
             quick_gelu |= bool(tag.get("quick_gelu", False))
-            state = _read_state(_download(tag, f"{tower} {weights}"))
+            state = read_state(download(tag, f"{tower} {weights}"))
         text = _build_tower(config, quick_gelu)
         _load_text(text, state, str(path) if path.is_file() else f"{tower} {weights}")
-        return cls(text, _tokenizer_of(tower))
+        return cls(text, tokenizer_of(tower))
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
         """Turn n captions into ids [n, T] int64; what does not fit is cut off before the end token."""
@@ -158,7 +158,7 @@ def tower_size(tower: str) -> tuple[int, int]:
     Raises:
         ValueError: an unknown tower, or one whose text part is not open_clip's own.
     """
-    text = _tower_config(tower)["text_cfg"]
+    text = tower_config(tower)["text_cfg"]
     return int(text.get("context_length", 77)), int(text.get("width", 512))
 
 
@@ -171,8 +171,12 @@ def _hidden_states(tower: nn.Module, ids: Tensor, context_length: int) -> Tensor
     return tokens  # type: ignore[no-any-return]
 
 
-def _tower_config(tower: str) -> Mapping[str, Any]:
-    """What open_clip knows of a tower."""
+def tower_config(tower: str) -> Mapping[str, Any]:
+    """What open_clip knows of a tower.
+
+    Raises:
+        ValueError: an unknown tower, or one whose text part is not open_clip's own.
+    """
     import difflib
 
     import open_clip
@@ -189,7 +193,12 @@ def _tower_config(tower: str) -> Mapping[str, Any]:
     return config  # type: ignore[no-any-return]
 
 
-def _download(tag: Mapping[str, Any], name: str) -> Path:
+def download(tag: Mapping[str, Any], name: str) -> Path:
+    """The file of a tag's weights, which open_clip downloads once.
+
+    Raises:
+        ConnectionError: it cannot be downloaded.
+    """
     import open_clip
 
     try:
@@ -205,7 +214,12 @@ def _build_tower(config: Mapping[str, Any], quick_gelu: bool) -> nn.Module:
     return _build_text_tower(config["embed_dim"], text, quick_gelu=quick_gelu)  # type: ignore[no-any-return]
 
 
-def _tokenizer_of(tower: str) -> Callable[[list[str]], Tensor]:
+def tokenizer_of(tower: str) -> Callable[[list[str]], Tensor]:
+    """What turns n captions into a tower's ids [n, T].
+
+    Raises:
+        ValueError: it needs a package that is not there.
+    """
     import open_clip
 
     try:
@@ -214,10 +228,18 @@ def _tokenizer_of(tower: str) -> Callable[[list[str]], Tensor]:
         raise ValueError(f"the tokenizer of {tower} cannot be had: {error}") from error
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without unpickling anything but tensors."""
+def read_state(path: Path, skip: str = "visual.") -> dict[str, Tensor]:
+    """Read a state dict without unpickling anything but tensors.
+
+    Args:
+        path: a file that `torch.save` wrote, or .safetensors.
+        skip: of a .safetensors file, the beginning of the names that are not read; empty for none.
+
+    Raises:
+        ValueError: another file.
+    """
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_safetensors(path, skip)
     archive = zipfile.is_zipfile(path)
     if archive:
         with zipfile.ZipFile(path) as file:
@@ -237,12 +259,12 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return {str(key).removeprefix("module."): value for key, value in state.items()}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, skip: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if not name.startswith("visual.")]  # noqa: SIM118
+            names = [name for name in file.keys() if not (skip and name.startswith(skip))]  # noqa: SIM118
             return {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"expected a .safetensors file, got {path}: {error}") from error
