@@ -46,6 +46,11 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def cache_folder() -> Path:
+    """Where the program keeps what it can make or fetch again: $XDG_CACHE_HOME/hmar, else ~/.cache/hmar."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hmar"
+
+
 def write_json(target: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(target) as temporary:

@@ -91,7 +91,7 @@ def print_rows(reports: "dict[str, Report]", metrics: list[str], apart: dict[str
     from rich.table import Table
     from rich.text import Text
 
-    from hmar_cli.evaluation.reports import best
+    from hmar_cli.evaluation.reports import as_text, best
 
     first = next(iter(reports.values()))
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
@@ -105,15 +105,18 @@ def print_rows(reports: "dict[str, Report]", metrics: list[str], apart: dict[str
     }
     for place, (name, report) in enumerate(reports.items()):
         numbers = [
-            Text(str(report.metrics[each]), "bold" if report.metrics[each].value == leaders[each] else "")
+            Text(
+                as_text(each, report.metrics[each]),
+                "bold" if report.metrics[each].value == leaders[each] else "",
+            )
             for each in metrics
         ]
-        table.add_row(name, *numbers, *(as_text(values[place]) for values in apart.values()))
+        table.add_row(name, *numbers, *(as_cell(values[place]) for values in apart.values()))
     width = None if sys.stdout.isatty() else max(150, shutil.get_terminal_size().columns)
     Console(width=width, highlight=False, markup=False).print(table)
 
 
-def as_text(value: Any) -> str:
+def as_cell(value: Any) -> str:
     """A setting in a table's cell: hashes by their first 12 digits, long lists by their ends."""
     text = json.dumps(value) if isinstance(value, list | bool) or value is None else str(value)
     if len(text) == 64 and set(text) <= set("0123456789abcdef"):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from hmar_cli.data.images import ImageSource
 from hmar_cli.errors import UserError
 from hmar_cli.settings import ClipText, JointText
 
@@ -14,6 +15,29 @@ if TYPE_CHECKING:
 
 BATCHES = {"cpu": 1, "cuda": 128}
 """Captions that a tower encodes at once: always as many, since rows round alike in batches of one size only."""
+
+
+def draw_captions(source: ImageSource, count: int, seed: int) -> list[str]:
+    """Choose images of a source by chance, each at most once, and one of the captions of each.
+
+    Args:
+        source: images with captions.
+        count: how many.
+        seed: of both choices.
+
+    Raises:
+        UserError: fewer images with captions, or a stream.
+    """
+    rng, texts = np.random.default_rng([seed, count]), []
+    for index in rng.permutation(len(source)).tolist():
+        if captions := source.captions(index):
+            texts.append(captions[int(rng.integers(len(captions)))])
+        if len(texts) == count:
+            return texts
+    raise UserError(
+        f"{source.name} has {len(texts)} images with captions, and {count} prompts were asked for",
+        "give --prompt-file FILE, or a smaller --count",
+    )
 
 
 def describe(settings: ClipText | JointText) -> str:

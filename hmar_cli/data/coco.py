@@ -42,6 +42,10 @@ class CocoSource(ImageSource):
             return unusable(index, error)
         return Example(index, image, 0, self._captions[index])
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The texts of one image, which is not opened."""
+        return self._captions[index] if index < len(self._files) else ()
+
 
 def open_coco(spec: str, annotations: str, options: Mapping[str, str]) -> CocoSource:
     """Open COCO's captions, as `captions_train2014.json` holds them.

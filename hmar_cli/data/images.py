@@ -90,6 +90,10 @@ class ImageSource(ABC):
                 raise IndexError(f"expected an index below {count}, got {index}")
             yield from self.deferred(index, index + 1)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The texts of one image; sources that know them without its pixels read no more than that."""
+        return self[index].captions
+
     def __len__(self) -> int:
         if self.length is None or not self.random_access:
             raise UserError(

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from hmar_cli.errors import UserError
+from hmar_cli.evaluation import measures
 from hmar_cli.files import read_json, write_json
 
 FORMAT, VERSION = "hmar-eval", 1
 
-HIGHER_IS_BETTER = {"is", "precision", "recall", "accuracy", "psnr", "ssim", "clip_score"}
+HIGHER_IS_BETTER = measures.HIGHER_IS_BETTER | {"accuracy", "psnr", "ssim", "clip_score"}
 LOWER_IS_BETTER = {"fid", "sfid", "kid", "rfid", "l1"}
-NO_REFERENCE = {"is", "accuracy"}
+NO_REFERENCE = measures.WITHOUT_REFERENCE | {"accuracy"}
 """Metrics of the measured images alone, which compare whatever the reference is."""
+
+SHARES = {"accuracy"}
+"""Metrics that are shown in percent."""
 
 ABSENT = "absent"
 """What stands for a setting that one report has and the other has not."""
@@ -34,11 +38,13 @@ class Measured:
         name: under which it is printed, with the extractor and the number of images: "FID-50k".
         value: the number, or the mean over parts.
         spread: standard deviation over parts, where the metric is a mean over some.
+        more: what else is to be known, such as the size of the parts.
     """
 
     name: str
     value: float
     spread: float | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.value:.4g}" + (f" ± {self.spread:.2g}" if self.spread is not None else "")
@@ -46,7 +52,7 @@ class Measured:
     def describe(self) -> dict[str, Any]:
         """The number as JSON has it."""
         spread = {} if self.spread is None else {"spread": self.spread}
-        return {"name": self.name, "value": self.value, **spread}
+        return {"name": self.name, "value": self.value, **spread, **self.more}
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Report:
     metrics: Mapping[str, Measured]
     settings: Mapping[str, Any]
     subject: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
     made_with: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
@@ -66,6 +73,7 @@ class Report:
             "metrics": {key: number.describe() for key, number in self.metrics.items()},
             "settings": dict(self.settings),
             "subject": dict(self.subject),
+            "about": dict(self.about),
             "made_with": dict(self.made_with),
         }
 
@@ -90,16 +98,17 @@ def read_report(path: Path) -> Report:
             "update hmar-cli",
         )
     try:
-        metrics = {
-            key: Measured(str(each["name"]), float(each["value"]), each.get("spread"))
-            for key, each in found["metrics"].items()
-        }
-        parts = [dict(found[key]) for key in ("settings", "subject", "made_with")]
+        metrics = {key: _measured(**each) for key, each in found["metrics"].items()}
+        parts = [dict(found[key]) for key in ("settings", "subject", "about", "made_with")]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} is no report of `hmar eval`: {type(error).__name__}: {error}", hint
         ) from error
     return Report(metrics, *parts)
+
+
+def _measured(*, name: str, value: float, spread: float | None = None, **more: Any) -> Measured:
+    return Measured(str(name), float(value), None if spread is None else float(spread), more)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -161,6 +170,11 @@ def comparable_metrics(reports: Mapping[str, Report], wanted: Sequence[str] = ()
             [f"{each}: {', '.join(map(str, found))}" for each, found in list(apart.items())[1:]],
         )
     return metrics
+
+
+def as_text(metric: str, number: Measured) -> str:
+    """A number for people: shares of images in percent, others with four digits and their spread."""
+    return f"{number.value:.1%}" if metric in SHARES else str(number)
 
 
 def best(metric: str, values: Sequence[float]) -> float | None:

@@ -1,0 +1,241 @@
+"""What `hmar eval samples` does once its flags are understood: look at images and reference, measure, report."""
+
+import contextlib
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hmar_cli import __version__
+from hmar_cli.commands.subjects import Subject, drawn_images, open_images
+from hmar_cli.console import console
+from hmar_cli.data.sources import open_source
+from hmar_cli.data.transforms import Crop
+from hmar_cli.errors import UserError
+from hmar_cli.evaluation.extractors import Extractor, open_extractor
+from hmar_cli.evaluation.measures import Protocol, measure, metric_name, needs_reference
+from hmar_cli.evaluation.observing import Observations, observe_together
+from hmar_cli.evaluation.references import is_statistics, read_reference, save_statistics
+from hmar_cli.evaluation.reports import Measured, Report, as_text
+from hmar_cli.launch import Place, join_processes
+from hmar_cli.report import image_grid, save_png
+
+if TYPE_CHECKING:
+    from hmar_cli.commands.drawing import Order
+
+SHOWN = 64
+"""Images in a grid, the first ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured, and how.
+
+    Attributes:
+        metrics: in the order of the table.
+        extractor: its spelling.
+        weights: a file for it.
+        reference: its spelling, or a file of statistics; empty for none.
+        count: of the first images; 0 is all.
+        size: to which images are cut; None for the extractor's, or else for images as they are.
+        crop: how.
+        preset: where all this comes from; empty for flags.
+        make_stats: where the statistics of the images go.
+        batch_size: images at once.
+    """
+
+    metrics: tuple[str, ...]
+    extractor: str
+    weights: Path | None
+    reference: str
+    count: int
+    size: int | None
+    crop: Crop
+    preset: str
+    make_stats: Path | None
+    batch_size: int
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as JSON has it."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+
+
+def evaluate(
+    subject: str, order: "Order | None", plan: Plan, *, keep: Path | None, device: str, grid: Path | None
+) -> Report | None:
+    """Draw if need be, look at the images and at the reference on all processes, and measure.
+
+    Whatever can be wrong with extractor and reference is found before anything is drawn.
+
+    Args:
+        subject: spelling of the images, where none are drawn.
+        order: what is drawn.
+        plan: what is measured.
+        keep: folder for what is drawn; None for one that is removed at the end.
+        device: "cpu", "cuda" or "" for a GPU where there is one.
+        grid: PNG file of the first images.
+
+    Returns:
+        The report in the first process, None in the others.
+
+    Raises:
+        UserError: images, extractor or reference that are not there or do not fit each other.
+    """
+    place = join_processes(device)
+    network = open_extractor(plan.extractor, place.device, plan.weights)
+    if not plan.metrics and not network.class_names:
+        raise UserError(f"nothing to measure with {network.name}", "give --reference SOURCE, or --metrics is")
+    statistics = None
+    if is_statistics(Path(plan.reference)) and not place.rank:
+        statistics = read_reference(Path(plan.reference), network, plan.metrics, plan.batch_size)
+    looking = {"metrics": plan.metrics, "crop": plan.crop, "batch_size": plan.batch_size}
+    with contextlib.ExitStack() as stack:
+        if order is None:
+            images = open_images(subject, plan.size or network.size)
+        else:
+            images = stack.enter_context(drawn_images(order, keep, device))
+        require_count(plan, images.source.length)
+        found = observe_together(
+            images.source, network, size=plan.size, count=plan.count, shown=SHOWN if grid else 0, **looking
+        )
+        require_count(plan, found.count)
+        real = statistics
+        if plan.reference and not is_statistics(Path(plan.reference)):
+            reference = open_source(plan.reference, size=found.size)
+            title = "looking at the reference"
+            real = observe_together(reference, network, size=found.size, title=title, **looking)
+        report = None if place.rank else conclude(images, found, real, network, plan, grid, place)
+    if place.world > 1:
+        torch.distributed.destroy_process_group()
+    return report
+
+
+def require_count(plan: Plan, count: int | None) -> None:
+    """See that there are as many images as a preset measures.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if plan.preset and count is not None and count < plan.count:
+        raise UserError(
+            f"{plan.preset} measures {plan.count} images, and {count} are there that can be read",
+            "without --preset, flags such as --metrics measure any number, under a name that says it",
+        )
+
+
+def conclude(
+    images: Subject,
+    found: Observations,
+    real: Observations | None,
+    network: Extractor,
+    plan: Plan,
+    grid: Path | None,
+    place: Place,
+) -> Report:
+    """Measure, write statistics and grid, and make the report; warnings go to standard error."""
+    for each in (found, real):
+        if each is not None and each.unreadable:
+            left_out = f"left out {each.unreadable} images of {each.source}; {each.error}"
+            console.print(f"[yellow]warning:[/] {left_out}", highlight=False)
+    if not found.count:
+        raise UserError(f"{found.source} has no images that can be read", found.error or "give more images")
+    metrics = plan.metrics if real is not None else tuple(m for m in plan.metrics if not needs_reference([m]))
+    protocol = Protocol()
+    numbers = {
+        metric: as_number(metric_name(metric, network, found.count), value)
+        for metric, value in measure(found, real, metrics, protocol).items()
+    }
+    if found.labelled:
+        numbers["accuracy"] = Measured(f"Accuracy[{network.name}]", found.right / found.count)
+    if plan.make_stats:
+        save_statistics(found, plan.make_stats, {"subject": images.about})
+        console.print(f"statistics of {found.count} images in {plan.make_stats}", highlight=False)
+    if grid:
+        save_png(image_grid(found.shown), grid)
+        console.print(f"the first {len(found.shown)} images in {grid}", highlight=False)
+    return Report(
+        metrics=numbers,
+        settings={
+            "extractor": {"name": network.name, "fingerprint": network.fingerprint},
+            "size": list(found.size or ()),
+            "crop": plan.crop,
+            "count": found.count,
+            "reference": real and {"sha256": real.digest, "count": real.count or None},
+            "protocol": asdict(protocol),
+        },
+        subject={**images.about, **found.describe()},
+        about={
+            "preset": plan.preset or None,
+            "extractor": network.describe(),
+            "reference": real and real.describe(),
+        },
+        made_with={
+            "batch_size": plan.batch_size,
+            "device": str(place.device),
+            "processes": place.world,
+            "images_per_second": round(found.images_per_second, 2),
+            "drawing": images.drawing,
+            "versions": versions(),
+        },
+    )
+
+
+def as_number(name: str, value: Any) -> Measured:
+    """What `measure` found of one metric: a number, or mean, spread and what else there is to know."""
+    if not isinstance(value, Mapping):
+        return Measured(name, value)
+    more = {key: each for key, each in value.items() if key not in ("mean", "std")}
+    return Measured(name, value["mean"], value["std"], more)
+
+
+def versions() -> dict[str, str]:
+    """Of all that the numbers pass through."""
+    packages = ("torch", "torch-fidelity", "pillow", "numpy")
+    ours = {"hmar-cli": __version__, "python": platform.python_version()}
+    return ours | {name: version(name) for name in packages}
+
+
+def print_report(report: Report) -> None:
+    """Print the numbers as a table, and below it what they are of."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found, real, network = report.subject, report.about["reference"], report.about["extractor"]
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for metric, number in report.metrics.items():
+        table.add_row(number.name, as_text(metric, number), remark(metric, report))
+    if real and "accuracy" in real:
+        images = f"{real['right']} of {real['count']} images of the reference"
+        table.add_row("  of the reference", f"{real['accuracy']:.1%}", images)
+    width = None if sys.stdout.isatty() else max(150, shutil.get_terminal_size().columns)
+    Console(width=width, highlight=False, markup=False).print(table)
+    rows, columns = found["size"]
+    lines = [f"{found['count']} images of {found['source']}, {columns} x {rows}"]
+    if real:
+        images = f"{real['count']} images" if real["count"] else "statistics"
+        lines.append(f"reference: {images} of {real['source']} ({real['sha256'][:12]})")
+    lines.append(f"extractor: {network['name']} ({network['fingerprint'][:12]})")
+    print("\n".join(lines))
+
+
+def remark(metric: str, report: Report) -> str:
+    """What a reader has to know beside a number."""
+    if metric == "accuracy":
+        return f"{report.subject['right']} of {report.subject['count']} images assigned to their class"
+    protocol, more = report.settings["protocol"], report.metrics[metric].more
+    known = {
+        "is": f"{protocol['is_splits']} parts of the images, shuffled by the seed {protocol['seed']}",
+        "kid": f"lower is better; {protocol['kid_subsets']} subsets of {more.get('subset_size')} images",
+        "precision": f"share of the images within the reference, k = {protocol['neighbours']}",
+        "recall": f"share of the reference within the images, k = {protocol['neighbours']}",
+    }
+    return known.get(metric, "lower is better")
