@@ -76,8 +76,8 @@ def key_spans(lengths: Sequence[int], queries: int, causal: bool) -> list[Span]:
     return spans
 
 
-def _tile(first: int, last: int, spans: Sequence[Span], block: int, least: int, align: int) -> Tile:
-    """Rows `first` to `last` with their columns; a tile of fewer rows than `least` has no whole blocks."""
+def _tile(first: int, last: int, spans: Sequence[Span], block: int, align: int) -> Tile:
+    """Rows `first` to `last` with their columns."""
     seen = [s for s in spans if s.first < last and first < s.last and s.low < s.high]
     if not seen:
         return Tile(first, last, 0, 0, 0, 0)
@@ -86,17 +86,16 @@ def _tile(first: int, last: int, spans: Sequence[Span], block: int, least: int, 
     whole = -(-(max(s.low for s in seen) - start) // block)
     whole_end = (min(s.high for s in seen) - start) // block
     blind = any(s.low >= s.high for s in spans if s.first < last and first < s.last)
-    if blind or last - first < least or whole >= whole_end:
+    if blind or whole >= whole_end:
         whole = whole_end = 0
     return Tile(first, last, start, count, whole, whole_end)
 
 
-def cut(spans: Sequence[Span], rows: int, block: int, guarded: bool = False, align: int = 1) -> list[Tile]:
+def cut(spans: Sequence[Span], rows: int, block: int, align: int = 1) -> list[Tile]:
     """Cut all rows into tiles of at most `rows` rows at the least total cost, the most expensive tile first.
 
     A tile ends where it is full or where a span ends; all such cuts are compared, from the last row backwards.
-    Where `guarded`, only tiles full of rows have whole blocks, so that rows beyond a tile's last see nothing. Blocks
-    start at multiples of `align`, which bulk copies of numbers need: 16 bytes.
+    Blocks start at multiples of `align`, which bulk copies of numbers need: 16 bytes.
     """
     end = spans[-1].last
     stops = [s.last for s in spans]
@@ -114,7 +113,7 @@ def cut(spans: Sequence[Span], rows: int, block: int, guarded: bool = False, ali
     for first in sorted(reached, reverse=True):
         choices = []
         for last in ends(first):
-            tile = _tile(first, last, spans, block, rows if guarded else 0, align)
+            tile = _tile(first, last, spans, block, align)
             choices.append((START + tile.blocks + best[last][0], tile))
         best[first] = min(choices, key=lambda choice: (choice[0], -choice[1].last))
     tiles, first = [], 0
@@ -132,7 +131,6 @@ def schedule(
     by_keys: bool,
     rows: int,
     block: int,
-    guarded: bool,
     align: int,
 ) -> Schedule:
     """The tiles for one sequence.
@@ -144,11 +142,10 @@ def schedule(
         by_keys: rows are keys, columns queries.
         rows: rows of a tile.
         block: columns of a block.
-        guarded: see `cut`.
         align: see `cut`.
     """
     spans = (key_spans if by_keys else query_spans)(lengths, queries, causal)
-    tiles = cut(spans, rows, block, guarded, align)
+    tiles = cut(spans, rows, block, align)
     repeats = torch.tensor([s.last - s.first for s in spans])
     bounds = torch.tensor([[s.low for s in spans], [s.high for s in spans]], dtype=torch.int32)
     each = bounds.repeat_interleave(repeats, dim=1).contiguous()

@@ -13,7 +13,7 @@ import torch
 import triton
 from hmar_kernels.common import to_device
 from hmar_kernels.tiles import Schedule, schedule
-from hmar_kernels.triton_backward import keys_kernel, queries_kernel, statistics_kernel
+from hmar_kernels.triton_backward import keys_kernel, queries_kernel
 from hmar_kernels.triton_forward import forward_kernel, norms_kernel
 from torch import Tensor
 
@@ -35,12 +35,9 @@ class Setting:
         block: columns that a step of the inner loop takes.
         warps: of a program.
         stages: of the inner loop's pipeline.
-        bulk: read blocks by tensor descriptors (bulk copies) where the layout allows it.
-        bulk_own: read the tile's own rows by descriptors, too; by pointers they arrive while the first blocks do.
-        bulk_rows: read the numbers that belong to columns by descriptors too.
-        peel: give columns that all rows see a loop of their own, without a mask.
+        bulk: read by tensor descriptors (bulk copies) where the layout allows it.
         inline: compute the norms of keys from each block, not in a kernel of its own; in the forward pass alone.
-        bounded: in the forward pass, a second pair of loops for heads whose maximum is known, which costs memory.
+        registers: at most so many for a thread, so that more programs have room on a processor; 0 sets no limit.
     """
 
     rows: int
@@ -48,11 +45,8 @@ class Setting:
     warps: int = 4
     stages: int = 2
     bulk: bool = False
-    bulk_own: bool = True
-    bulk_rows: bool = False
-    peel: bool = True
     inline: bool = False
-    bounded: bool = False
+    registers: int = 0
 
 
 class Settings(NamedTuple):
@@ -60,16 +54,16 @@ class Settings(NamedTuple):
 
     Attributes:
         forward: of the forward pass, a tile a few queries.
-        keys: of the backward pass over tiles of keys.
-        queries: of the backward pass over tiles of queries, where it takes two passes; None where one.
+        queries: of the first backward pass, a tile a few queries.
+        keys: of the second, a tile a few keys.
     """
 
     forward: Setting
+    queries: Setting
     keys: Setting
-    queries: Setting | None
 
 
-WIDE = Setting(128, 64, 4, 3, bulk=True)
+WIDE = Setting(64, 64, 4, 3, bulk=True)
 """Forward of heads up to 64 in half precision. H200, PyTorch 2.11, Triton 3.6, batch 16, or 4 at 1024 px, 24 heads:
 1.473 ms at 1024 px, diagonal; two stages take 1.681, 64 x 64 with two 1.516, 8 warps 1.505, 128 x 128 2.262. The
 other rows were measured with two stages alone: 0.091 and 0.540 ms at 256 and 512 px, diagonal."""
@@ -87,10 +81,10 @@ def settings_for(lengths: Sequence[int], causal: bool, head_size: int, dtype: to
             same = Setting(32, 16, 8, 2)
             return Settings(same, same, same)
         same = Setting(32, 32, 4, 2)
-        return Settings(same, replace(same, warps=8), same)
+        return Settings(same, same, replace(same, warps=8))
     if head_size > 64:
-        return Settings(SHALLOW, replace(SHALLOW, warps=8), SHALLOW)
-    return Settings(WIDE, SMALL, SMALL)
+        return Settings(SHALLOW, SHALLOW, replace(SHALLOW, warps=8))
+    return Settings(WIDE, WIDE, replace(WIDE, stages=2))
 
 
 def unavailable(*, device: torch.device, dtype: torch.dtype, head_size: int, pattern: str) -> str | None:
@@ -130,15 +124,15 @@ def _bulk_readable(x: Tensor) -> bool:
 
 
 def _sources(
-    blocks: Sequence[tuple[Tensor, int, bool]],
+    blocks: Sequence[tuple[Tensor, int]], setting: Setting
 ) -> tuple[list[Any], list[tuple[int, int, int]]]:
     """What a kernel reads tensors [B, L, H, D] by, with the strides: pointers, or descriptors of blocks of rows."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     sources: list[Any] = []
     strides = []
-    for x, rows, bulk in blocks:
-        if not bulk:
+    for x, rows in blocks:
+        if not setting.bulk:
             sources.append(x)
             strides.append(_strides(x))
             continue
@@ -149,13 +143,13 @@ def _sources(
     return sources, strides
 
 
-def _numbers(x: Tensor, block: int, bulk: bool) -> Any:
+def _numbers(x: Tensor, setting: Setting) -> Any:
     """What a kernel reads blocks of a contiguous array of numbers by: the tensor, or a descriptor."""
-    if not bulk:
+    if not setting.bulk:
         return x
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(x, [x.numel()], [1], [block])
+    return TensorDescriptor(x, [x.numel()], [1], [setting.block])
 
 
 @cache  # forever: recorded CUDA graphs read it
@@ -193,25 +187,21 @@ class _Call:
         """Heads of all samples, B H."""
         return self.q.shape[0] * self.q.shape[2]
 
-    def schedule(self, s: Setting, bulk_rows: bool, by_keys: bool = False, guarded: bool = False) -> Schedule:
+    def schedule(self, s: Setting, by_keys: bool = False) -> Schedule:
         """The tiles of a kernel."""
-        queries, device = self.q.shape[1], self.q.device
-        align = ALIGN if bulk_rows else 1
-        cut = (self.lengths, queries, self.causal, by_keys, s.rows, s.block, guarded, align)
-        return _schedule(cut, device)
+        align = ALIGN if s.bulk else 1
+        cut = (self.lengths, self.q.shape[1], self.causal, by_keys, s.rows, s.block, align)
+        return _schedule(cut, self.q.device)
 
     def suited(self, setting: Setting, *others: Tensor) -> Setting:
         """The setting, or one that reads by pointers where memory is not laid out for descriptors."""
-        if not setting.bulk or all(map(_bulk_readable, (self.q, self.k, self.v, *others))):
+        numbers = self.samples * max(_pitch(self.q.shape[1]), _pitch(self.k.shape[1]))
+        readable = numbers < 2**31 and all(map(_bulk_readable, (self.q, self.k, self.v, *others)))
+        if not setting.bulk or readable:
             return setting
         by_pointers = SMALL if self.q.shape[3] <= 64 else SHALLOW
         rows, block = min(setting.rows, by_pointers.rows), min(setting.block, by_pointers.block)
         return replace(setting, bulk=False, rows=rows, block=block, warps=4, stages=2)
-
-    def bulk_rows(self, setting: Setting, bulk: bool) -> bool:
-        """Whether a kernel reads numbers by descriptors."""
-        most = self.samples * max(_pitch(self.q.shape[1]), _pitch(self.k.shape[1]))
-        return bulk and setting.bulk_rows and most < 2**31
 
     def numbers(self, length: int) -> Tensor:
         """A float32 for each of `length` tokens of all heads, [B, H, P] with P from `_pitch`."""
@@ -223,14 +213,13 @@ class _Call:
         _, queries, heads, _ = self.q.shape
         return plan.tiles, plan.bounds, plan.size, heads, queries, self.k.shape[1], self.softmax_scale
 
-    def constants(self, setting: Setting, bulk: bool, bulk_rows: bool) -> dict[str, Any]:
+    def constants(self, setting: Setting) -> dict[str, Any]:
         """The constants of every kernel."""
         size = self.q.shape[3]
         return {
             "D": size, "WIDTH": triton.next_power_of_2(size), "BLOCK": setting.block,
-            "NORMALIZE": self.head_scale is not None, "BULK": bulk, "BULK_OWN": bulk and setting.bulk_own,
-            "BULK_ROWS": bulk_rows, "PEEL": setting.peel, "STAGES": setting.stages,
-            "num_warps": setting.warps, "enable_fp_fusion": True,
+            "NORMALIZE": self.head_scale is not None, "BULK": setting.bulk, "STAGES": setting.stages,
+            "num_warps": setting.warps, "maxnreg": setting.registers or None, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def norms(self, x: Tensor, into: Tensor, factor: float = 1.0, scaled: bool = False) -> Tensor:
@@ -268,34 +257,28 @@ def forward(
 
     P is `_pitch` of N; numbers beyond N are 0.
     """
-    if head_scale is None and softmax_scale < 0:  # the kernel's maximum is that of the scaled scores
-        parts, softmax_scale = (-parts[0], *parts[1:]), -softmax_scale
     call = _call(parts, lengths, causal, softmax_scale, head_scale)
     q, k, v, head_scale = call.q, call.k, call.v, call.head_scale
     queries, size = q.shape[1], q.shape[3]
     s = call.suited((settings or settings_for(lengths, causal, size, q.dtype)).forward)
-    bulk = s.bulk
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = call.numbers(queries)
     if lse.shape[2] > queries:
         lse[:, :, queries:] = 0
-    norms, bulk_rows = lse, False
+    norms: Any = lse
     if head_scale is not None and not s.inline:
-        bulk_rows = call.bulk_rows(s, bulk)
-        norms = _numbers(call.norms(k, call.numbers(k.shape[1])), s.block, bulk_rows)
-    plan = call.schedule(s, bulk_rows)
-    sources, strides = _sources([(q, s.rows, bulk and s.bulk_own), (k, s.block, bulk), (v, s.block, bulk)])
-    half = q.dtype == torch.float16
+        norms = _numbers(call.norms(k, call.numbers(k.shape[1])), s)
+    plan = call.schedule(s)
+    sources, strides = _sources([(q, s.rows), (k, s.block), (v, s.block)], s)
     forward_kernel[(plan.size * call.samples,)](
         *sources, out, lse, norms, lse if head_scale is None else head_scale, *strides, *call.sizes(plan),
-        M=s.rows, INLINE=s.inline, BOUNDED=s.bounded, LIMIT=13.5 if half else 60.0, LIFT=14.0 if half else 0.0,
-        **call.constants(s, bulk, bulk_rows),
+        M=s.rows, INLINE=s.inline, STEADY=_folds(q.dtype), **call.constants(s),
     )  # fmt: skip
     return out, lse
 
 
 def _folds(dtype: torch.dtype) -> bool:
-    """Whether the factor of scores may be folded into their gradients: half precision has not the range."""
+    """Whether factors may be folded into weights and gradients of scores: float16 has not the range."""
     return dtype != torch.float16
 
 
@@ -304,87 +287,53 @@ def _over_queries(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
-    gradients: Sequence[Tensor],
+    dq: Tensor,
     products: Tensor,
     inverses: Tensor,
     s: Setting,
 ) -> Tensor:
-    """Write dq and what `statistics_kernel` does; return the parts of head_scale's gradient, [B, H, T].
+    """Write dq and what the pass over keys needs; return the parts of head_scale's gradient, [B, H, T].
 
     The norms of keys and then of queries take the same memory, `inverses`.
     """
     s = call.suited(s, dout)
-    bulk, head_scale, fold = s.bulk, call.head_scale, _folds(call.q.dtype)
-    bulk_rows = head_scale is not None and call.bulk_rows(s, bulk)
-    plan = call.schedule(s, bulk_rows)
+    head_scale, fold = call.head_scale, _folds(call.q.dtype)
+    plan = call.schedule(s)
     d_scale = lse
     if head_scale is not None:
         call.norms(call.k, inverses)
         d_scale = lse.new_empty((*lse.shape[:2], plan.size))
-    own = bulk and s.bulk_own
-    blocks = [(call.q, s.rows, own), (call.k, s.block, bulk), (call.v, s.block, bulk), (dout, s.rows, own)]
-    (q, k, v, d), (q_strides, k_strides, v_strides, d_strides) = _sources(blocks)
+    blocks = [(call.q, s.rows), (call.k, s.block), (call.v, s.block), (dout, s.rows)]
+    (q, k, v, d), strides = _sources(blocks, s)
     queries_kernel[(plan.size * call.samples,)](
-        q, k, v, out, d, gradients[0], lse, products, _numbers(inverses, s.block, bulk_rows),
-        lse if head_scale is None else head_scale, d_scale, q_strides, k_strides, v_strides, d_strides,
-        _strides(gradients[0]), *call.sizes(plan), M=s.rows, FOLD=fold, **call.constants(s, bulk, bulk_rows),
+        q, k, v, out, d, dq, lse, products, _numbers(inverses, s), lse if head_scale is None else head_scale,
+        d_scale, *strides, _strides(dq), *call.sizes(plan), M=s.rows, FOLD=fold, **call.constants(s),
     )  # fmt: skip
     if head_scale is not None:
         call.norms(call.q, inverses, call.softmax_scale * LOG2E if fold else 1.0, fold)
     return d_scale
 
 
-def _statistics(call: _Call, dout: Tensor, out: Tensor, products: Tensor, inverses: Tensor) -> None:
-    """Write the statistics of the queries, for the backward pass in one."""
-    _, queries, heads, size = call.q.shape
-    statistics_kernel[(triton.cdiv(queries, NORM_ROWS) * call.samples,)](
-        call.q, out, dout, products, inverses, products if call.head_scale is None else call.head_scale,
-        _strides(call.q), _strides(dout), heads, queries, call.softmax_scale, D=size,
-        WIDTH=triton.next_power_of_2(size), BLOCK=NORM_ROWS, NORMALIZE=call.head_scale is not None,
-        FOLD=_folds(call.q.dtype),
-    )  # fmt: skip
-
-
-def _slots(device: torch.device, tiles: int, warps: int, samples: int) -> int:
-    """How many heads may be worked on at a time: those that fill the chip, and one more."""
-    if device.type != "cuda":
-        return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(samples, -(-processors * max(16 // warps, 1) // tiles) + 1)
-
-
 def _over_keys(
     call: _Call,
     dout: Tensor,
     lse: Tensor,
-    gradients: Sequence[Tensor],
+    dk: Tensor,
+    dv: Tensor,
     products: Tensor,
     inverses: Tensor,
     s: Setting,
-    fused: bool,
-) -> Tensor:
-    """Write dk and dv; where fused, dq too, and return the parts of head_scale's gradient, [B, H]."""
-    _, queries, _, size = call.q.shape
+) -> None:
+    """Write dk and dv."""
     s = call.suited(s, dout)
-    bulk, device = s.bulk, call.q.device
-    bulk_rows = call.bulk_rows(s, bulk)
-    plan = call.schedule(s, bulk_rows, True, fused)
-    sums, state, slots, d_scale = lse, plan.tiles, 1, lse
-    if fused:
-        slots = _slots(device, plan.size, s.warps, call.samples)
-        sums = torch.zeros(slots, queries, size, device=device, dtype=torch.float32)
-        state = torch.zeros(1 + 2 * slots, device=device, dtype=torch.int32)
-        d_scale = lse.new_empty(lse.shape[:2])
-    own = bulk and s.bulk_own
-    blocks = [(call.q, s.block, bulk), (call.k, s.rows, own), (call.v, s.rows, own), (dout, s.block, bulk)]
-    sources, strides = _sources(blocks)
-    rows = [_numbers(x, s.block, bulk_rows) for x in (lse, products, inverses)]
+    plan = call.schedule(s, by_keys=True)
+    blocks = [(call.q, s.block), (call.k, s.rows), (call.v, s.rows), (dout, s.block)]
+    sources, strides = _sources(blocks, s)
     keys_kernel[(plan.size * call.samples,)](
-        *sources, *gradients, *rows, lse if call.head_scale is None else call.head_scale, d_scale, sums, state,
-        slots, *strides, *map(_strides, gradients), *call.sizes(plan), J=s.rows, FOLD=_folds(call.q.dtype),
-        FUSED=fused, **call.constants(s, bulk, bulk_rows),
+        *sources, dk, dv, *(_numbers(x, s) for x in (lse, products, inverses)),
+        lse if call.head_scale is None else call.head_scale, *strides, _strides(dk), _strides(dv),
+        *call.sizes(plan), J=s.rows, FOLD=_folds(call.q.dtype), **call.constants(s),
     )  # fmt: skip
-    return d_scale
 
 
 def backward(
@@ -407,55 +356,28 @@ def backward(
     chosen = settings or settings_for(lengths, causal, call.q.shape[3], call.q.dtype)
     products = call.numbers(call.q.shape[1])
     inverses = products if head_scale is None else call.numbers(max(call.q.shape[1], call.k.shape[1]))
-    if chosen.queries is None:
-        _statistics(call, dout, out, products, inverses)
-        d_scale = _over_keys(call, dout, lse, gradients, products, inverses, chosen.keys, fused=True)
-    else:
-        d_scale = _over_queries(call, dout, out, lse, gradients, products, inverses, chosen.queries)
-        _over_keys(call, dout, lse, gradients, products, inverses, chosen.keys, fused=False)
+    dq, dk, dv = gradients
+    d_scale = _over_queries(call, dout, out, lse, dq, products, inverses, chosen.queries)
+    _over_keys(call, dout, lse, dk, dv, products, inverses, chosen.keys)
     return lse.new_empty(0) if head_scale is None else d_scale.sum(dim=(0, *range(2, d_scale.ndim)))
 
 
+SHAPES = {
+    "forward": "64,64,4,3 64,64,4,4 64,64,4,2 64,32,4,3 64,32,4,4 128,64,4,3 128,64,4,4 128,64,8,3 64,128,4,2",
+    "queries": "64,64,4,3 64,32,4,3 64,32,4,4 64,64,4,2 128,64,8,3 128,32,4,3",
+    "keys": "64,64,4,2 64,32,4,2 64,32,4,3 64,64,4,3 128,64,8,3 128,64,8,2",
+}
+"""Rows, block, warps and stages worth measuring for each kernel, likeliest first."""
+
+
 def candidates(kind: str, head_size: int, normalized: bool) -> list[Setting]:
-    """Settings worth measuring for "forward", "keys", "queries" or "fused" (keys in one pass), likeliest first."""
-    both = {"bulk": True, "bulk_rows": True}
-    if kind == "forward":
-        shapes = [
-            (128, 64, 4, 3),
-            (64, 64, 4, 3),
-            (64, 64, 4, 2),
-            (128, 64, 4, 4),
-            (128, 64, 8, 3),
-            (64, 32, 4, 3),
-        ]
-        shapes += [(64, 64, 4, 4), (64, 128, 4, 2), (128, 32, 4, 4), (128, 128, 8, 2)]
-    elif kind == "queries":
-        shapes = [
-            (128, 64, 8, 2),
-            (64, 64, 4, 2),
-            (64, 64, 4, 3),
-            (128, 64, 8, 3),
-            (64, 128, 8, 2),
-            (64, 32, 4, 3),
-        ]
-    else:
-        shapes = [
-            (128, 64, 8, 2),
-            (64, 64, 4, 2),
-            (128, 64, 8, 1),
-            (64, 32, 4, 2),
-            (128, 64, 8, 3),
-            (64, 64, 4, 1),
-        ]
-        shapes += [(128, 32, 8, 2), (64, 64, 8, 2)]
-    found = [Setting(*shape, **both) for shape in shapes]
+    """Settings worth measuring for "forward", "queries" or "keys", likeliest first."""
+    found = [Setting(*map(int, shape.split(",")), bulk=True) for shape in SHAPES[kind].split()]
+    likely = found[:4]
     if kind == "forward" and normalized:
-        found += [replace(s, inline=True) for s in found[:3]] + [replace(s, bounded=True) for s in found[:3]]
-    elif kind == "forward":
-        found += [replace(s, bulk_own=False) for s in found[:3]]
-    if kind != "forward" or normalized:
-        found += [replace(s, bulk_rows=False) for s in found[:2]]
-    found += [replace(found[1], peel=False), SMALL]
+        found += [replace(s, inline=True) for s in likely]
+    found += [replace(s, registers=limit) for limit in (128, 168) for s in likely[: 3 if limit == 168 else 2]]
+    found += [SMALL]
     return found if head_size <= 64 else [s for s in found if s.rows <= 64]
 
 
@@ -483,9 +405,8 @@ def tune(
         device: a GPU.
 
     Returns:
-        For "forward", "queries", "keys" and "fused" a list of settings, each with its median milliseconds, the
-        fastest first, those that don't compile left out; "one_pass" says which backward is faster; "chosen" holds
-        what `settings_for` gives.
+        For "forward", "queries" and "keys" a list of settings, each with its median milliseconds, the fastest
+        first, those that don't compile left out; "chosen" holds what `settings_for` gives.
     """
     plain = tuple(lengths)
     generator = torch.Generator(device).manual_seed(0)
@@ -494,15 +415,13 @@ def tune(
     scale = torch.full((heads,), 4.0, device=device) if normalized else None
     rest = (plain, causal, 1.0 if normalized else head_size**-0.5, scale)
     chosen = settings_for(plain, causal, head_size, dtype)
-    found: dict[str, Any] = {"chosen": {k: asdict(s) for k, s in chosen._asdict().items() if s}}
+    found: dict[str, Any] = {"chosen": {kind: asdict(s) for kind, s in chosen._asdict().items()}}
     with torch.no_grad(), torch.cuda.device_of(qkv):
-        for kind in ("forward", "queries", "keys", "fused"):
+        for kind in Settings._fields:
             run = _steps(kind, qkv, rest)
             ranked = [(_milliseconds(run, s), s) for s in candidates(kind, head_size, normalized)]
             ranked = sorted((pair for pair in ranked if pair[0]), key=lambda pair: pair[0])
             found[kind] = [{"ms": ms, **asdict(s)} for ms, s in ranked]
-    best = {kind: found[kind][0]["ms"] if found[kind] else math.inf for kind in ("queries", "keys", "fused")}
-    found["one_pass"] = best["fused"] < best["queries"] + best["keys"]
     return found
 
 
@@ -510,21 +429,19 @@ def _steps(kind: str, qkv: Tensor, rest: tuple[Any, ...]) -> Callable[[Setting],
     """What runs one kind of kernel with a setting; everything that it reads is there."""
     parts = qkv.unbind(2)
     out, lse = forward(parts, *rest)
-    call, dout, gradients = _call(parts, *rest), torch.ones_like(out), torch.empty_like(qkv).unbind(2)
+    call, dout, (dq, dk, dv) = _call(parts, *rest), torch.ones_like(out), torch.empty_like(qkv).unbind(2)
     products, inverses = call.numbers(out.shape[1]), call.numbers(out.shape[1])
-    _statistics(call, dout, out, products, inverses)
 
     def run(s: Setting) -> None:
         if kind == "forward":
             lengths, causal, softmax_scale, head_scale = rest
             forward(parts, lengths, causal, softmax_scale, head_scale, Settings(s, s, s))
         elif kind == "queries":
-            _over_queries(call, dout, out, lse, gradients, products, inverses, s)
+            _over_queries(call, dout, out, lse, dq, products, inverses, s)
         else:
-            if kind == "fused":
-                _statistics(call, dout, out, products, inverses)
-            _over_keys(call, dout, lse, gradients, products, inverses, s, fused=kind == "fused")
+            _over_keys(call, dout, lse, dk, dv, products, inverses, s)
 
+    _over_queries(call, dout, out, lse, dq, products, inverses, SMALL)  # what the pass over keys reads
     return run
 
 

@@ -3,8 +3,9 @@
 Every program works on one tile of the schedule (`hmar_kernels.tiles`) for one head of one sample: a few neighbouring
 queries with all the keys that any of them sees. Scores are in units of log 2, since exp2 is what the chip computes.
 
-Where queries and keys are normalised, no score exceeds the temperature. Where that is small enough for its whole
-range to fit into a float, it takes the place of the running maximum; nothing is rescaled then.
+Blocks that all queries of a tile see come last, and with the maximum of what came before in place of a running one:
+nothing is rescaled then. A float has room for scores far above it; a tile whose sums have left that room is computed
+again, with a running maximum throughout.
 
 Letters: B batch, L keys, N queries, H heads, D head size, M queries of a tile, J keys of a block.
 """
@@ -20,10 +21,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 EPSILON = tl.constexpr(1e-12)
 TINY = tl.constexpr(1e-30)
 """Stands for a head scale of zero, whose gradient is found by dividing by it."""
-SIZES = ["slots", "count", "heads", "queries", "keys"]
+SIZES = ["count", "heads", "queries", "keys"]
 """Arguments whose values never make a kernel of their own."""
 LOWEST = tl.constexpr(-1e30)
 """Stands for the maximum of no score at all; minus infinity would give infinity minus infinity."""
+LARGEST = tl.constexpr(2.0**64)
+"""The largest sum of weights relative to an early maximum that leaves room for the sums of values."""
 
 
 @triton.jit
@@ -143,15 +146,24 @@ def norms_kernel(
 
 
 @triton.jit
+def tile_columns(tile, BLOCK: tl.constexpr):
+    """Of a tile's columns the first, the end, and those that all of its rows see: `whole` to `whole_end`."""
+    start = tl.load(tile + 2)
+    end = start + tl.load(tile + 3) * BLOCK
+    return start, end, start + tl.load(tile + 4) * BLOCK, start + tl.load(tile + 5) * BLOCK
+
+
+@triton.jit
 def _attend(
     acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, keys,
     begin, end, whole, whole_end,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, INLINE: tl.constexpr,
-    BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PART: tl.constexpr, BOUNDED: tl.constexpr, STAGES: tl.constexpr,
+    BULK: tl.constexpr, PART: tl.constexpr, STEADY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Let queries q [M, D] attend to the keys `begin` to `end` (see `block_start`), each in its bounds where PART.
 
-    Returns the sums of values [M, D] and of weights [M], and the maximum [M] that they are relative to.
+    Returns the sums of values [M, D] and of weights [M], and what they are relative to, `top` [M]: the maximum so
+    far, or where STEADY, what it was before.
     """
     for block in tl.range(begin, end, BLOCK, num_stages=STAGES):
         first = block_start(block, whole, whole_end, PART)
@@ -161,16 +173,18 @@ def _attend(
             if INLINE:
                 inverse = inverse_norm(k_block)
             else:
-                inverse = load_row(norms, norms_start, first, keys, BLOCK, PART, BULK_ROWS)
-            if BOUNDED:
+                inverse = load_row(norms, norms_start, first, keys, BLOCK, PART, BULK)
+            if STEADY:
                 scores = scores * inverse[None, :] - top[:, None]
             else:
                 scores = scores * inverse[None, :]
+        elif STEADY:
+            scores = scores * factor - top[:, None]
         if PART:
             at = first + tl.arange(0, BLOCK)
             sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
             scores = tl.where(sees, scores, float("-inf"))
-        if BOUNDED:
+        if STEADY:
             weights = tl.exp2(scores)
         else:
             new_top = tl.maximum(top, tl.max(scores, 1) * factor)
@@ -185,90 +199,56 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit
-def _attend_to_all(
-    top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, keys,
-    tile, M: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
-    INLINE: tl.constexpr, BULK: tl.constexpr, BULK_ROWS: tl.constexpr, PEEL: tl.constexpr, BOUNDED: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Let the queries of a tile attend to its keys: in two loops where PEEL, without and with bounds."""
-    acc = tl.zeros([M, WIDTH], tl.float32)
-    total = tl.zeros([M], tl.float32)
-    start, count, whole, whole_end = (
-        tl.load(tile + 2),
-        tl.load(tile + 3) * BLOCK,
-        tl.load(tile + 4) * BLOCK,
-        tl.load(tile + 5) * BLOCK,
-    )
-    end, whole, whole_end = start + count, start + whole, start + whole_end
-    if PEEL:
-        acc, total, top = _attend(
-            acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, keys,
-            whole, whole_end, whole, whole_end,
-            D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, BULK_ROWS, False, BOUNDED, STAGES,
-        )  # fmt: skip
-    else:
-        whole, whole_end = start, start
-    return _attend(
-        acc, total, top, q, k, k_stride, v, v_stride, column, norms, norms_start, low, high, factor, keys,
-        start, end - (whole_end - whole), whole, whole_end,
-        D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, BULK_ROWS, True, BOUNDED, STAGES,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     q, k, v, out, lse, norms, head_scale, q_strides, k_strides, v_strides, tiles, bounds, count, heads,
     queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-    NORMALIZE: tl.constexpr, INLINE: tl.constexpr, BULK: tl.constexpr, BULK_OWN: tl.constexpr,
-    BULK_ROWS: tl.constexpr, PEEL: tl.constexpr, BOUNDED: tl.constexpr, STAGES: tl.constexpr,
-    LIMIT: tl.constexpr, LIFT: tl.constexpr,
+    NORMALIZE: tl.constexpr, INLINE: tl.constexpr, BULK: tl.constexpr, STEADY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of one head: out [B, N, H, D] and lse [B, H, N] from q, k and v of any strides (of B, L and H).
 
-    Arrays of numbers lie as `pitch` says. Where NORMALIZE and BOUNDED, the running maximum is left out for heads
-    whose temperature, in units of log 2, is at most LIMIT; the largest weight is then 2^LIFT. `norms` [B, H, L]
-    holds 1 / |key| unless INLINE. `scale` is not negative unless NORMALIZE.
+    Arrays of numbers lie as `pitch` says. `norms` [B, H, L] holds 1 / |key| unless INLINE. `scale` is not negative
+    unless NORMALIZE.
     """
     tile = tiles + tl.program_id(0) % count * 6
     sample = tl.program_id(0) // count
     b, h = sample // heads, sample % heads
     first, last = tl.load(tile), tl.load(tile + 1)
     rows = first + tl.arange(0, M)
-    q_rows, q_stride, q_column = head_of(q, q_strides, b, h, D, BULK_OWN)
+    q_rows, q_stride, q_column = head_of(q, q_strides, b, h, D, BULK)
     k_rows, k_stride, column = head_of(k, k_strides, b, h, D, BULK)
     v_rows, v_stride, column = head_of(v, v_strides, b, h, D, BULK)
-    q_tile = load_rows(q_rows, q_stride, q_column, first, last, M, D, WIDTH, True, BULK_OWN)  # [M, D]
+    q_tile = load_rows(q_rows, q_stride, q_column, first, last, M, D, WIDTH, True, BULK)  # [M, D]
     low = load_row(bounds, 0, first, last, M, True, False)
     high = load_row(bounds, queries, first, last, M, True, False)
     norms_start = tl.cast(sample, tl.int64) * pitch(keys)
     factor = scale * LOG2E
-    ceiling = factor
     if NORMALIZE:
         temperature = tl.load(head_scale + h) * factor
         q_tile = (q_tile.to(tl.float32) * (inverse_norm(q_tile) * temperature)[:, None]).to(q_tile.dtype)
-        ceiling = tl.abs(temperature)
         factor = 1.0
-    if NORMALIZE and BOUNDED:
-        if ceiling <= LIMIT:
-            acc, total, top = _attend_to_all(
-                tl.zeros([M], tl.float32) + (ceiling - LIFT), q_tile, k_rows, k_stride, v_rows, v_stride, column,
-                norms, norms_start, low, high, 1.0, keys, tile,
-                M, D, WIDTH, BLOCK, True, INLINE, BULK, BULK_ROWS, PEEL, True, STAGES,
-            )  # fmt: skip
-        else:
-            acc, total, top = _attend_to_all(
-                tl.full([M], LOWEST, tl.float32), q_tile, k_rows, k_stride, v_rows, v_stride, column,
-                norms, norms_start, low, high, 1.0, keys, tile,
-                M, D, WIDTH, BLOCK, True, INLINE, BULK, BULK_ROWS, PEEL, False, STAGES,
-            )  # fmt: skip
-    else:
-        acc, total, top = _attend_to_all(
-            tl.full([M], LOWEST, tl.float32), q_tile, k_rows, k_stride, v_rows, v_stride, column,
-            norms, norms_start, low, high, factor, keys, tile,
-            M, D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, BULK_ROWS, PEEL, False, STAGES,
+    start, end, whole, whole_end = tile_columns(tile, BLOCK)
+    whole = tl.minimum(whole + BLOCK, whole_end)  # the first gives every row a maximum to start with
+    acc = tl.zeros([M, WIDTH], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    top = tl.zeros([M], tl.float32)
+    again = 1
+    while again > 0:
+        acc = tl.zeros([M, WIDTH], tl.float32)
+        total = tl.zeros([M], tl.float32)
+        top = tl.where(rows < last, LOWEST, -LOWEST)
+        acc, total, top = _attend(
+            acc, total, top, q_tile, k_rows, k_stride, v_rows, v_stride, column, norms, norms_start, low, high,
+            factor, keys, start, end - (whole_end - whole), whole, whole_end,
+            D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, True, False, STAGES,
         )  # fmt: skip
+        acc, total, top = _attend(
+            acc, total, top, q_tile, k_rows, k_stride, v_rows, v_stride, column, norms, norms_start, low, high,
+            factor, keys, whole, whole_end, whole, whole_end,
+            D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, False, STEADY, STAGES,
+        )  # fmt: skip
+        again = tl.where((tl.max(total, 0) > LARGEST) & (whole < whole_end), 1, 0)
+        whole = whole_end
     total = tl.where(rows < last, total, 1.0)
     tl.store(
         lse + tl.cast(sample, tl.int64) * pitch(queries) + rows,

@@ -14,16 +14,13 @@ LENGTHS = [(1,), (5,), (1, 1, 1), (1, 4, 9, 16), (3, 40, 2, 70), (64, 64), (7, 3
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("by_keys", [True, False])
-@pytest.mark.parametrize("guarded", [True, False])
-def test_tiles_cover_what_is_seen(
-    lengths: tuple[int, ...], causal: bool, by_keys: bool, guarded: bool
-) -> None:
+def test_tiles_cover_what_is_seen(lengths: tuple[int, ...], causal: bool, by_keys: bool) -> None:
     shapes = [(16, 16), (32, 8), (8, 32)]
     for (rows, block), skipped, align in itertools.product(shapes, {0, len(lengths) - 1}, (1, 4)):
         queries = sum(lengths[skipped:])
         sees = visible(lengths, causal, queries, CPU)
         sees = sees.T if by_keys else sees
-        plan = schedule(lengths, queries, causal, by_keys, rows, block, guarded, align)
+        plan = schedule(lengths, queries, causal, by_keys, rows, block, align)
         low, high = plan.bounds[:, :, None]
         columns = torch.arange(sees.shape[1])
         assert torch.equal((low <= columns) & (columns < high), sees)
@@ -39,7 +36,6 @@ def test_tiles_cover_what_is_seen(
                     assert at.stop <= sees.shape[1] and sees[first:last, at].all(), (
                         "whole blocks need no mask"
                     )
-                    assert not guarded or last - first == rows
                 covered[first:last, at] += sees[first:last, at].int()
         assert torch.equal(taken, torch.ones_like(taken))
         assert torch.equal(covered, sees.int())
@@ -70,5 +66,5 @@ def test_keys_that_no_query_sees() -> None:
 
 
 def test_a_schedule_is_made_once() -> None:
-    first, second = (schedule((1, 4), 5, True, False, 16, 16, False, 1) for _ in range(2))
+    first, second = (schedule((1, 4), 5, True, False, 16, 16, 1) for _ in range(2))
     assert first.tiles is second.tiles
