@@ -43,6 +43,8 @@ MAY_IMPORT = {
         "recipe",
         "report",
         "settings",
+        "launch",
+        "sizes",
     },
     "imports.py": {"builders", "checkpoints", "models", "recipe", "settings"},
     "previews.py": {"models", "tokenizers", "data", "training", "sampling", "builders", "report", "settings"},

@@ -2,7 +2,7 @@
 
 import typer
 
-from hmar_cli.commands import analyze_next_scale
+from hmar_cli.commands import analyze_next_scale, analyze_sweeps
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -10,3 +10,4 @@ app = typer.Typer(
     help="Draw the papers' figures and tables, of models and tokenizers that are at hand.",
 )
 analyze_next_scale.register(app)
+analyze_sweeps.register(app)

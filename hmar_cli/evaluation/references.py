@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 
 from hmar_cli.data.arrays import open_arrays
+from hmar_cli.data.sources import open_source
+from hmar_cli.data.transforms import Crop
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.frechet import FeatureStatistics
 from hmar_cli.evaluation.inception import PUBLISHED
-from hmar_cli.evaluation.observing import NEEDS_FEATURES, Observations, observe
+from hmar_cli.evaluation.observing import NEEDS_FEATURES, Observations, observe, observe_together
 from hmar_cli.files import atomic_file, file_sha256
+from hmar_cli.models.scales import Side
 
 FORMAT, VERSION = "hmar statistics", 1
 
@@ -122,6 +125,45 @@ def read_reference(
             title="looking at the reference",
         )
         found.features = looked.features
+    return found
+
+
+def open_reference(
+    spelling: str,
+    extractor: Extractor,
+    metrics: Sequence[str],
+    *,
+    size: Side | None = None,
+    crop: Crop = "adm",
+    batch_size: int = 64,
+) -> Observations:
+    """Look at real images of any source, on all processes, or read the statistics that a file has of them.
+
+    Args:
+        spelling: of the source, or path of an `.npz` of statistics.
+        extractor: that looks at the images which are compared.
+        metrics: that will be measured.
+        size: to which images are cut; None for the extractor's, or else for images as they are.
+        crop: how.
+        batch_size: images at once.
+
+    Raises:
+        UserError: as `read_reference` and `open_source`, or no image that can be read.
+    """
+    if is_statistics(path := Path(spelling).expanduser()):
+        return read_reference(path, extractor, metrics, batch_size)
+    wanted = size if size is not None else extractor.size
+    found = observe_together(
+        open_source(spelling, size=wanted),
+        extractor,
+        metrics=metrics,
+        size=size,
+        crop=crop,
+        batch_size=batch_size,
+        title="looking at the reference",
+    )
+    if not found.count:
+        raise UserError(f"{spelling} has no images that can be read", found.error or "give more images")
     return found
 
 

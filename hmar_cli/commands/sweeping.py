@@ -1,0 +1,328 @@
+"""Sweeps of `hmar analyze`: their flags, what these come to, and the way from a plan to files."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from hmar_cli.commands import drawing
+from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hmar_cli.analysis.results import Cell, Row
+    from hmar_cli.analysis.sweep import Judge, Outcome, Trial
+    from hmar_cli.checkpoints.store import Checkpoint
+    from hmar_cli.evaluation.extractors import Extractor
+    from hmar_cli.models.scales import Schedule
+    from hmar_cli.settings import MaskedArSample, NextScaleSample, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """How a sweep draws and measures; each field is a flag."""
+
+    reference: Annotated[
+        str, typer.Option(help="Real images, from any source, or an .npz of statistics.", show_default=False)
+    ] = ""
+    extractor: Annotated[
+        str,
+        typer.Option(help="inception, a classifier's run, open_clip:TOWER/TAG, torchscript:FILE, module:…."),
+    ] = "inception"
+    extractor_weights: Annotated[Path | None, typer.Option(help="Local file of its weights.")] = None
+    metrics: Annotated[str, typer.Option(help="Of fid, sfid, is, kid, precision and recall.")] = ""
+    count: Annotated[int, typer.Option(min=2, help="Images of each setting.")] = 2000
+    crop: Annotated[Literal["adm", "var"], typer.Option(help="How real images are cut to size.")] = "adm"
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUES", help="A setting and its values.")
+    ] = None
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of all samplers.")
+    ] = None
+    labels: Annotated[str, typer.Option(help="Classes by index or name. [default: all]")] = ""
+    prompt_file: Annotated[Path | None, typer.Option(help="File with a prompt on every line.")] = None
+    text_weights: drawing.TextWeights = None
+    seed: drawing.Seed = 0
+    batch_size: drawing.BatchSize = 0
+    weights: drawing.Weights = ""
+    tokenizer: drawing.Tokenizer = None
+    device: drawing.Device = ""
+    precision: drawing.Precision = "auto"
+    shown: Annotated[int, typer.Option(min=1, max=64, help="Images of each setting in the grid.")] = 8
+    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the files. [default: analysis/ and this name]")
+    ] = None
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False
+    as_json: drawing.AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A figure of the papers that is a sweep.
+
+    Attributes:
+        name: of the command and its files.
+        metrics: what is measured by default.
+        values: what is varied of a model by default: settings of its sampler and their values.
+        draw: the figure, of outcomes and of the metrics to show: their names and which direction is better.
+        base: whether a model as it is has a row: "always", where nothing of it is varied ("alone"), or "never".
+        start: settings that hold unless others are given.
+        row: of an outcome; None for its own.
+        lacking: what a model has not of which nothing can be varied.
+    """
+
+    name: str
+    metrics: str = "fid"
+    values: "Callable[[Recipe, Schedule], Mapping[str, Sequence[Cell]]]"
+    draw: "Callable[[Sequence[Outcome], Mapping[str, str]], Figure]"
+    base: Literal["always", "alone", "never"] = "never"
+    start: Mapping[str, str] = field(default_factory=dict)
+    row: "Callable[[Outcome], Row] | None" = None
+    lacking: str = "settings to vary"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint to be measured: its name in tables, and what sets its training apart from others of that name."""
+
+    name: str
+    path: Path
+    varied: str = ""
+    value: int | None = None
+
+
+def entries(checkpoints: Sequence[Path]) -> list[Entry]:
+    """Checkpoints under names that differ."""
+    from hmar_cli.commands.curves import names
+
+    return [Entry(*pair) for pair in zip(names(list(checkpoints)), checkpoints, strict=True)]
+
+
+def begin(flags: Flags) -> None:
+    """Check the device, and start the processes that share the work."""
+    from hmar_cli.launch import check_device, delegate
+
+    check_device(flags.device)
+    delegate(flags.launch, flags.device)
+
+
+def carry_out(study: Study, chosen: Sequence[Entry], flags: Flags) -> None:
+    """Plan, draw, measure, write and print.
+
+    Raises:
+        UserError: whatever the flags ask for and cannot have.
+    """
+    trials = plan(study, chosen, flags)
+    if flags.dry_run:
+        planned = [{**each.start, **each.job.describe()} for each in trials]
+        print(json.dumps({"trials": planned}, indent=2))
+        return
+    begin(flags)
+    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.analysis.studies import spreads
+    from hmar_cli.analysis.sweep import sweep
+    from hmar_cli.launch import join_processes
+    from hmar_cli.report import labelled_grid
+
+    judge = open_judge(study, flags, trials)
+    out = flags.out or Path("analysis") / study.name
+    outcomes = sweep(trials, judge, out, device=flags.device, shown=flags.shown)
+    if join_processes(flags.device).rank:
+        return
+    columns = judge.columns(flags.count)
+    rows = [study.row(each) if study.row else each.row for each in outcomes]
+    summary = spreads(outcomes, list(columns)) if any(each.varied for each in chosen) else None
+    settings = {"judge": judge.describe(), "trials": [each.about for each in outcomes]}
+    grid = labelled_grid({each.trial.title: list(each.shown) for each in outcomes})
+    figure = study.draw(outcomes, columns)
+    files = save_analysis(out, study.name, rows, settings, figure, grid=grid, summary=summary)
+    print_analysis(study.name, rows, settings, files, as_json=flags.as_json, summary=summary)
+
+
+# The plan
+
+
+def plan(study: Study, chosen: Sequence[Entry], flags: Flags) -> "list[Trial]":
+    """All settings of all models, checked; no weights are read.
+
+    Raises:
+        UserError: a setting that no model has, a value that one cannot follow, or a model that has nothing to vary.
+    """
+    from hmar_cli.analysis.sweep import Candidate, Trial
+
+    fixed, varied = pairs("--set", flags.overrides), pairs("--vary", flags.vary)
+    prompts = drawing.read_prompts([], flags.prompt_file)
+    trials, known = [], set[str]()
+    for entry in chosen:
+        order = drawing.place_order(
+            entry.path,
+            {},
+            labels=flags.labels,
+            prompts=prompts,
+            text_weights=flags.text_weights,
+            count=flags.count,
+            seed=flags.seed,
+            batch_size=flags.batch_size,
+            precision=flags.precision,
+            weights=flags.weights,
+            tokenizer=flags.tokenizer,
+        )
+        opened = order.checkpoint
+        known |= settings_of(opened.recipe)
+        candidate = Candidate(
+            name=entry.name, checkpoint=opened, weights=flags.weights, tokenizer=flags.tokenizer
+        )
+        base = Trial(
+            candidate=candidate,
+            varied=entry.varied,
+            value=entry.value,
+            job=order.job(),
+            labels=tuple(opened.class_names[c] for c in order.classes),
+        )
+        trials += vary(study, base, fixed, varied)
+    if unknown := [key for key in {**fixed, **varied} if key not in known]:
+        raise UserError(
+            f"none of these models has a setting {unknown[0]!r}", f"they have {', '.join(sorted(known))}"
+        )
+    return trials
+
+
+def vary(study: Study, base: "Trial", fixed: Mapping[str, str], varied: Mapping[str, str]) -> "list[Trial]":
+    """The trials of one model; settings that it has not are passed over, since another one may have them.
+
+    Args:
+        study: what is varied by default.
+        base: the model as its recipe says.
+        fixed: settings that are the same in all trials, as they were written.
+        varied: settings and their values, as they were written; none for the study's.
+    """
+    checkpoint, own = base.candidate.checkpoint, settings_of(base.candidate.checkpoint.recipe)
+    given = {
+        **study.start,
+        **{key: typed(checkpoint, key, text) for key, text in fixed.items() if key in own},
+    }
+    settings = drawing.resolve(checkpoint, given)
+    values: Mapping[str, Sequence[Cell]] = {
+        key: [typed(checkpoint, key, part) for part in split(key, text)]
+        for key, text in varied.items()
+        if key in own
+    }
+    if not varied:
+        values = study.values(checkpoint.recipe, getattr(settings, "schedule", ()))
+    trials = [
+        replace(
+            base,
+            varied=key,
+            value=value,
+            job=replace(base.job, settings=changed(checkpoint, given, key, value)),
+        )
+        for key, several in values.items()
+        for value in several
+    ]
+    if study.base == "always" or (study.base == "alone" and not trials):
+        trials.insert(0, replace(base, job=replace(base.job, settings=settings)))
+    if not trials:
+        raise UserError(f"{checkpoint.folder} has no {study.lacking}", "say what to vary: --vary KEY=VALUES")
+    return trials
+
+
+def changed(
+    checkpoint: "Checkpoint", given: Mapping[str, Any], key: str, value: Any
+) -> "NextScaleSample | MaskedArSample":
+    """The sampler's settings with one more, or with a pass more at a scale."""
+    from hmar_cli.analysis.studies import EXTRA_PASS, with_extra_pass
+
+    if key != EXTRA_PASS:
+        return drawing.resolve(checkpoint, {**given, key: value})
+    start = getattr(drawing.resolve(checkpoint, dict(given)), "schedule", ())
+    longer = with_extra_pass(start, checkpoint.recipe.scales, value)
+    return drawing.resolve(checkpoint, {**given, "schedule": json.dumps(longer)})
+
+
+def pairs(flag: str, texts: Sequence[str] | None) -> dict[str, str]:
+    """Flags KEY=VALUE by their keys.
+
+    Raises:
+        UserError: one without a key or a value, or a key that comes twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts or ():
+        key, _, value = (part.strip() for part in text.partition("="))
+        if not key or not value:
+            raise UserError(f"{flag} {text}: expected KEY=VALUE", "such as cfg=1.5")
+        if key in found:
+            raise UserError(f"{flag} {key} comes twice", "give it once, with all its values")
+        found[key.replace("-", "_")] = value
+    return found
+
+
+def split(key: str, text: str) -> list[str]:
+    """The values of `--vary`, between commas; schedules have commas in them, and stand between semicolons."""
+    parts = [part.strip() for part in text.split(";" if key == "schedule" else ",")]
+    return [part for part in parts if part]
+
+
+def settings_of(recipe: "Recipe") -> set[str]:
+    """The settings of a recipe's sampler that mean something for its model."""
+    names = {each.name for each in fields(recipe.sample)} - {"batch_size"}
+    phases = recipe.sample.kind != "masked-ar" or getattr(recipe.model, "pivots", "none") != "none"
+    return names if phases else {name for name in names if not name.startswith("pivot_")}
+
+
+def typed(checkpoint: "Checkpoint", key: str, text: str) -> Any:
+    """A value as it was written, checked by the setting's type; a schedule stays a text, of any spelling.
+
+    Raises:
+        UserError: a value of another type or out of range.
+    """
+    from hmar_cli.recipe import settings_from_dict, toml_value
+
+    if key == "schedule":
+        return text
+    return getattr(settings_from_dict({key: toml_value(text)}, type(checkpoint.recipe.sample), "sample"), key)
+
+
+# The judge
+
+
+def open_extractor(study: Study, flags: Flags) -> "tuple[tuple[str, ...], Extractor]":
+    """What is measured, and what looks at the images.
+
+    Raises:
+        UserError: an unknown metric, no reference where one needs it, or an extractor that cannot be had.
+    """
+    from hmar_cli.evaluation import extractors
+    from hmar_cli.evaluation.measures import needs_reference, parse_metrics
+    from hmar_cli.launch import join_processes
+
+    metrics = parse_metrics(flags.metrics or study.metrics)
+    if needs_reference(metrics) and not flags.reference:
+        raise UserError("--reference is missing", "give real images; only --metrics is does without")
+    place = join_processes(flags.device).device
+    return metrics, extractors.open_extractor(flags.extractor, place, flags.extractor_weights)
+
+
+def open_judge(study: Study, flags: Flags, trials: "Sequence[Trial]") -> "Judge":
+    """The extractor, and what it sees in the real images.
+
+    Raises:
+        UserError: one of them cannot be had, or images of several sizes where the extractor takes any.
+    """
+    from hmar_cli.analysis.sweep import Judge
+    from hmar_cli.evaluation.measures import needs_reference
+    from hmar_cli.evaluation.references import open_reference
+
+    metrics, extractor = open_extractor(study, flags)
+    sizes = list(dict.fromkeys(each.candidate.checkpoint.recipe.data.size for each in trials))
+    if extractor.size is None and len(sizes) > 1:
+        drawn = ", ".join(map(str, sizes))
+        raise UserError(f"the models draw images of several sizes: {drawn}", "measure them one by one")
+    size, reference = extractor.size or sizes[0], None
+    if needs_reference(metrics):
+        reference = open_reference(flags.reference, extractor, metrics, size=size, crop=flags.crop)
+    return Judge(extractor=extractor, metrics=metrics, reference=reference, size=size, crop=flags.crop)
