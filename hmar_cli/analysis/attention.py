@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from hmar_cli.analysis.held_out import HeldOut, Subject
 from hmar_cli.analysis.results import Row
-from hmar_cli.analysis.scales import predict
+from hmar_cli.analysis.scales import predict, side_names
 from hmar_cli.models.layers import MAX_LOG_SCALE, ScaleAttention
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
@@ -258,10 +258,6 @@ def attention_figure(found: dict[str, Patterns]) -> "Figure":
     return figure
 
 
-def _names(scales: Scales) -> list[str]:
-    return [str(h) if h == w else f"{h}×{w}" for h, w in scales.grids]
-
-
 def _pair_panel(axes: "Axes", name: str, patterns: Patterns) -> None:
     """Shares of attention by scale."""
     share = (patterns.mass.mean(dim=(0, 1)) / patterns.images * 100).numpy()  # [K, K]
@@ -270,7 +266,7 @@ def _pair_panel(axes: "Axes", name: str, patterns: Patterns) -> None:
     for k, j in np.argwhere(seen):
         colour = "white" if share[k, j] > 60 else "black"
         axes.text(j, k, f"{share[k, j]:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    names = _names(patterns.scales)
+    names = side_names(patterns.scales)
     dress_axes(
         axes, f"{name}: attention by scale, %", "key scale, side in tokens", "query scale, side in tokens"
     )
@@ -293,8 +289,8 @@ def _matrix_panel(axes: "Axes", name: str, patterns: Patterns) -> None:
     dress_axes(axes, f"{name}: mean attention over even attention", "keys, by scale", "queries, by scale")
     large = [k for k, n in enumerate(scales.lengths) if n >= scales.total / 16]
     middles = [scales.offsets[k] + scales.lengths[k] / 2 - 0.5 for k in large]
-    axes.set_xticks(middles, [_names(scales)[k] for k in large])
-    axes.set_yticks(middles, [_names(scales)[k] for k in large])
+    axes.set_xticks(middles, [side_names(scales)[k] for k in large])
+    axes.set_yticks(middles, [side_names(scales)[k] for k in large])
     for offset in scales.offsets[1:]:
         axes.axhline(offset - 0.5, color="white", linewidth=0.4)
         axes.axvline(offset - 0.5, color="white", linewidth=0.4)
@@ -310,7 +306,7 @@ def _distance_panel(axes: "Axes", name: str, patterns: Patterns) -> None:
     for k in shown:
         colour = colormaps["viridis"](0.9 * (k - shown[0]) / max(1, shown[-1] - shown[0]))
         x, y = attention_by_distance(patterns, k)
-        axes.plot(x, y, marker="o", markersize=3, linewidth=1.2, color=colour, label=_names(scales)[k])
+        axes.plot(x, y, marker="o", markersize=3, linewidth=1.2, color=colour, label=side_names(scales)[k])
     axes.axhline(1, color="#888888", linewidth=0.8, linestyle="--", label="even")
     title = f"{name}: attention within a scale (Fig. 9)"
     dress_axes(axes, title, "distance, tokens of the scale", "attention over even attention")

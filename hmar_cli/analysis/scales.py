@@ -78,6 +78,11 @@ def fit_log_normal(losses: Sequence[float]) -> LogNormal | None:
     return curve._replace(r_squared=1 - left / spread if spread else 1.0)
 
 
+def side_names(scales: Scales) -> list[str]:
+    """The side of each scale in tokens: "8", or "8x12" for 8 rows of 12."""
+    return [str(h) if h == w else f"{h}x{w}" for h, w in scales.grids]
+
+
 def tasks(subject: Subject) -> tuple[Task, ...]:
     """What a model was trained to do: next-scale prediction, and with a masked branch masked prediction too."""
     return ("next-scale",) if subject.model.masked is None else ("next-scale", "masked")
@@ -170,8 +175,8 @@ def measure_scales(
             "model": subject.name,
             "task": task,
             "scale": k + 1,
-            "rows": scales.grids[k][0],
-            "columns": scales.grids[k][1],
+            "side": side_names(scales)[k],
+            "tokens": scales.lengths[k],
             "cross_entropy": means[0, k].item(),
             "cross_entropy_error": errors[0, k].item(),
             "accuracy": means[1, k].item(),
@@ -228,7 +233,6 @@ def scale_figure(rows: Sequence[Row], scales: Scales) -> "Figure":
     figure = new_figure(13, 4.2)
     left, middle, right = figure.subplots(1, 3)
     ticks = range(1, len(scales) + 1)
-    names = [f"{h}×{w}" if h != w else str(h) for h, w in scales.grids]
     lines = list(dict.fromkeys((row["model"], row["task"]) for row in rows))
     models = list(dict.fromkeys(model for model, _ in lines))
     for model, task in lines:
@@ -255,14 +259,14 @@ def scale_figure(rows: Sequence[Row], scales: Scales) -> "Figure":
         x = np.linspace(1, len(scales), 200)
         label = f"log-normal, peak at {curve.peak:.1f}, R² {curve.r_squared:.2f}"
         right.plot(x, [curve.at(each) for each in x], color="#2a9d5c", linewidth=1.5, label=label)
-    side = "scale, by its side in tokens"
+    side = "scale, side in tokens"
     dress_axes(left, "held-out loss (Fig. 16); bars: 2 standard errors", side, "cross-entropy, nats a token")
     dress_axes(middle, "held-out accuracy (Figs 16, 22)", side, "right tokens, %")
     dress_axes(
         right, "difficulty of next-scale prediction (Fig. 12)", side, "least cross-entropy, nats a token"
     )
     for axes in (left, middle, right):
-        axes.set_xticks(ticks, names)
+        axes.set_xticks(ticks, side_names(scales))
         axes.set_ylim(bottom=0)
     right.set_ylim(0, max(least) * 1.25)
     right.legend(fontsize=7, frameon=False)

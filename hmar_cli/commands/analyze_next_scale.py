@@ -86,6 +86,28 @@ alone, and chance: the masked tokens of another image. The most probable tokens 
 - `hmar analyze half-masked runs/hmar-masked --data photos/ --share 0.75 --extractor runs/classifier`
 """
 
+CODEBOOK = """
+How a tokenizer uses its codes at every scale (HMAR supplement E.2, Fig. 23): usage, perplexity, frequency by rank.
+
+PATH is a multi-scale tokenizer, a model or cache that carries one; of a cache the images are its own. A scale of few
+tokens cannot show many codes: beside the codes in use stands how many that would be if all were equally likely.
+
+**Examples**
+
+- `hmar analyze codebook caches/photos`
+- `hmar analyze codebook runs/tokenizer --data cifar10-test.parquet --count 0`
+- `hmar analyze codebook checkpoints/var-d16 --data imagenet-val/ --count 5000 --json`
+"""
+
+WEIGHTINGS = """
+The six weightings of the next-scale loss over scales (HMAR supplement C.2, Fig. 13).
+
+**Examples**
+
+- `hmar analyze weightings`
+- `hmar analyze weightings --sides 1,2,3,4,6,8 --out analysis/weightings-tiny`
+"""
+
 Checkpoints = Annotated[
     list[Path], typer.Argument(help="Checkpoints or run folders of VAR and HMAR.", show_default=False)
 ]
@@ -111,6 +133,8 @@ def register(app: typer.Typer) -> None:
     app.command("attention", help=ATTENTION)(attention)
     app.command("teacher-forcing", help=TEACHER_FORCING)(teacher_forcing)
     app.command("half-masked", help=HALF_MASKED)(half_masked)
+    app.command("codebook", help=CODEBOOK)(codebook)
+    app.command("weightings", help=WEIGHTINGS)(weightings)
 
 
 def folder(out: Path | None, name: str) -> Path:
@@ -385,3 +409,58 @@ def half_masked(
     name, figure = "half-masked", reconstruction.half_masked_figure(rows)
     files = save_analysis(folder(out, name), name, rows, settings, figure, grid=labelled_grid(tiles))
     print_analysis(name, rows, settings, files, as_json=as_json)
+
+
+def codebook(
+    path: Annotated[Path, typer.Argument(help="Tokenizer, model or cache.", show_default=False)],
+    data: Annotated[str, typer.Option(help="Cache or source of images. [default: PATH's own images]")] = "",
+    count: Count = 5000,
+    batch_size: BatchSize = 32,
+    device: drawing.Device = "",
+    out: Out = None,
+    as_json: drawing.AsJson = False,
+) -> None:
+    """Draw Fig. 23; the help text is `CODEBOOK`."""
+    place = choose_device(device)
+    if not data and not (path / "manifest.json").is_file():
+        raise UserError("--data is missing", f"{path} is no cache, so say which images are to be encoded")
+    from hmar_cli.analysis.codebook import codebook_figure, codebook_rows, rank_curves
+    from hmar_cli.analysis.held_out import load_msvq, read_held_out
+    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.evaluation.codes import count_codes
+
+    codec, checkpoint = load_msvq(path)
+    held_out = read_held_out(data or str(path), codec.to(place), count=count, batch_size=batch_size)
+    counts = count_codes(held_out.tokens, codec.scales, codec.vocab_size)
+    rows = codebook_rows(counts, codec.scales)
+    settings = {
+        "tokenizer": str(checkpoint.folder),
+        "tokenizer_hash": codec.fingerprint(),
+        "sides": codec.scales.sides(),
+        "codes": codec.vocab_size,
+        "images": held_out.about,
+    }
+    summary = {"rank_frequency": rank_curves(counts, codec.scales)}
+    figure = codebook_figure(counts, rows, codec.scales)
+    files = save_analysis(folder(out, "codebook"), "codebook", rows, settings, figure, summary=summary)
+    print_analysis("codebook", rows, settings, files, as_json=as_json, summary=summary)
+
+
+def weightings(
+    sides: Annotated[
+        str, typer.Option(help="A scale list, such as 1,2,3x4. [default: that of 256 pixels]")
+    ] = "",
+    out: Out = None,
+    as_json: drawing.AsJson = False,
+) -> None:
+    """Draw Fig. 13; the help text is `WEIGHTINGS`."""
+    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.analysis.weightings import weighting_figure, weighting_rows
+    from hmar_cli.benchmarks.cases import RESOLUTIONS, parse_sides
+    from hmar_cli.models.scales import Scales
+
+    scales = parse_sides(sides) if sides else Scales.of(RESOLUTIONS[256])
+    rows, settings = weighting_rows(scales), {"sides": scales.sides()}
+    figure = weighting_figure(rows, scales)
+    files = save_analysis(folder(out, "weightings"), "weightings", rows, settings, figure)
+    print_analysis("weightings", rows, settings, files, as_json=as_json)
