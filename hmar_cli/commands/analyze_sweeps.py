@@ -1,19 +1,13 @@
 """`hmar analyze`, the sweeps: quality over settings of a sampler, and over models and their training."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hmar_cli.commands.flags import with_flags
-from hmar_cli.commands.sweeping import Entry, Flags, Study, begin, carry_out, entries, open_extractor
+from hmar_cli.commands.sweeping import Flags, Study, carry_out, entries, rows_to_train, train_and_measure
 from hmar_cli.errors import UserError
-
-if TYPE_CHECKING:
-    from hmar_cli.settings import Recipe
 
 MEASURED = """
 Every setting draws the same images (of the same classes or prompts and noise), and one judge measures them all:
@@ -183,16 +177,11 @@ def ablation(
         row=studies.ablation_row,
     )
     if train:
-        chosen = rows_to_train(checkpoints or list(TABLE_5), train_set or [], train_seeds, runs)
-        if flags.dry_run:
-            print(json.dumps({"data": train, "train": [str(each.path) for each in chosen]}, indent=2))
-            return
-        begin(flags)
-        open_extractor(study, flags)  # what cannot be had is missed before the training, not after
-        from hmar_cli.analysis.drive import train_rows
+        from hmar_cli.recipe import load_recipe
 
-        train_rows({each.path: recipe for each, recipe in chosen.items()}, train, device=flags.device)
-        carry_out(study, list(chosen), flags)
+        names = checkpoints or TABLE_5
+        recipes = {Path(name).stem: load_recipe(name, train_set or []) for name in names}
+        train_and_measure(study, rows_to_train(recipes, train_seeds, runs), train, flags)
         return
     given = {"--train-set": train_set, "--train-seeds": train_seeds}
     if wasted := [name for name, value in given.items() if value]:
@@ -202,28 +191,3 @@ def ablation(
             "no checkpoints to measure", "give some, or --train CACHE to train the recipes of the table"
         )
     carry_out(study, entries([Path(each) for each in checkpoints]), flags)
-
-
-def rows_to_train(
-    names: Sequence[str], overrides: Sequence[str], seeds: str, runs: Path
-) -> "dict[Entry, Recipe]":
-    """The runs of some recipes, each with every seed, and their recipes.
-
-    Raises:
-        UserError: no such recipe, mistakes in one, or seeds that are no numbers.
-    """
-    from hmar_cli.analysis import studies
-    from hmar_cli.recipe import load_recipe
-
-    numbers = [part.strip() for part in seeds.split(",")] if seeds else []
-    if not all(each.isdecimal() for each in numbers):
-        raise UserError(f"--train-seeds {seeds}: expected numbers", "give some as 0,1")
-    found = {}
-    for name in dict.fromkeys(names):
-        recipe, title = load_recipe(name, overrides), Path(name).stem
-        if not numbers:
-            found[Entry(title, runs / title)] = recipe
-        for seed in map(int, numbers):
-            entry = Entry(title, runs / f"{title}-seed{seed}", studies.TRAINING_SEED, seed)
-            found[entry] = replace(recipe, train=replace(recipe.train, seed=seed))
-    return found

@@ -144,6 +144,51 @@ def carry_out(study: Study, chosen: Sequence[Entry], flags: Flags) -> None:
     print_analysis(study.name, rows, settings, files, as_json=flags.as_json, summary=summary)
 
 
+def rows_to_train(recipes: "Mapping[str, Recipe]", seeds: str, runs: Path) -> "dict[Entry, Recipe]":
+    """The runs of some recipes, each with every seed, and their recipes.
+
+    Args:
+        recipes: by their names in tables, which are those of their folders, too.
+        seeds: of training, by commas; empty for the recipes' own.
+        runs: folder of the runs.
+
+    Raises:
+        UserError: seeds that are no numbers.
+    """
+    from hmar_cli.analysis import studies
+
+    numbers = [part.strip() for part in seeds.split(",")] if seeds else []
+    if not all(each.isdecimal() for each in numbers):
+        raise UserError(f"--train-seeds {seeds}: expected numbers", "give some as 0,1")
+    found = {}
+    for title, recipe in recipes.items():
+        if not numbers:
+            found[Entry(title, runs / title)] = recipe
+        for seed in map(int, numbers):
+            entry = Entry(title, runs / f"{title}-seed{seed}", studies.TRAINING_SEED, seed)
+            found[entry] = replace(recipe, train=replace(recipe.train, seed=seed))
+    return found
+
+
+def train_and_measure(study: Study, chosen: "Mapping[Entry, Recipe]", data: str, flags: Flags) -> None:
+    """Train recipes one after another, in the folders of their entries, then carry out a study of them.
+
+    Runs that are finished are kept, and one that was stopped goes on.
+
+    Raises:
+        UserError: as `carry_out`, before anything is trained where that can be known; and what training refuses.
+    """
+    if flags.dry_run:
+        print(json.dumps({"data": data, "train": [str(each.path) for each in chosen]}, indent=2))
+        return
+    begin(flags)
+    open_extractor(study, flags)  # what cannot be had is missed before the training, not after
+    from hmar_cli.analysis.drive import train_rows
+
+    train_rows({each.path: recipe for each, recipe in chosen.items()}, data, device=flags.device)
+    carry_out(study, list(chosen), flags)
+
+
 # The plan
 
 
