@@ -25,8 +25,11 @@ accuracy need no reference, so that `--metrics is` compares them whatever it was
 - `hmar eval compare var.json hmar.json --json`
 """
 
-UNINTERESTING = ("folder", "source", "unreadable", "class_names", "labels")
-"""Parts of what was measured that name it rather than set it; they get no column."""
+FOUND = ("unreadable", "right", "accuracy", "sha256", "source", "kind")
+"""Parts of a report's subject that are no settings."""
+
+NAMES = ("weights_sha256", "tokenizer_hash", "class_names", "recipe", "step")
+"""Settings that have no row in the table, since others say the same in fewer letters."""
 
 
 def register(app: typer.Typer) -> None:
@@ -42,31 +45,34 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare; the help text is `EXAMPLES`."""
-    from hmar_cli.evaluation.reports import comparable_metrics, differences, read_report
+    from hmar_cli.evaluation.reports import ABSENT, comparable_metrics, differences, read_report
 
     if len(reports) < 2:
         raise UserError(f"{len(reports)} report to compare", "give two or more files")
     found = {name: read_report(path) for name, path in zip(short_names(reports), reports, strict=True)}
-    wanted = [part.strip() for part in metrics.split(",")] if metrics else []
+    wanted = [part.strip() for part in metrics.split(",") if part.strip()]
     shared = comparable_metrics(found, wanted)
-    apart = {
-        key: values
-        for key, values in differences([report.subject for report in found.values()]).items()
-        if key.split(".")[-1] not in UNINTERESTING
-    }
+    every = differences([report.subject for report in found.values()])
+    apart = {key: values for key, values in every.items() if key not in FOUND}
     if as_json:
         rows = [
             {
                 "report": name,
                 "metrics": {metric: report.metrics[metric].describe() for metric in shared},
-                "subject": {key: values[place] for key, values in apart.items()},
+                "subject": {key: values[place] for key, values in apart.items() if values[place] != ABSENT},
             }
             for place, (name, report) in enumerate(found.items())
         ]
         settings = dict(next(iter(found.values())).settings)
         print(json.dumps({"settings": settings, "rows": rows}, indent=2, ensure_ascii=False))
         return
-    print_rows(found, shared, apart)
+    shown = {
+        key: values
+        for key, values in apart.items()
+        if ABSENT not in values
+        and key.split(".")[-1] not in NAMES  # settings of one family alone are in the JSON
+    }
+    print_columns(found, shared, shown)
 
 
 def short_names(paths: list[Path]) -> list[str]:
@@ -82,8 +88,8 @@ def short_names(paths: list[Path]) -> list[str]:
     return names
 
 
-def print_rows(reports: "dict[str, Report]", metrics: list[str], apart: dict[str, list[Any]]) -> None:
-    """Print a table: a report a row, its numbers, then the settings that are not the same in all."""
+def print_columns(reports: "dict[str, Report]", metrics: list[str], settings: dict[str, list[Any]]) -> None:
+    """Print a table: a report a column, first its numbers, then the settings that are not the same in all."""
     import shutil
     import sys
 
@@ -93,25 +99,17 @@ def print_rows(reports: "dict[str, Report]", metrics: list[str], apart: dict[str
 
     from hmar_cli.evaluation.reports import as_text, best
 
-    first = next(iter(reports.values()))
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("report", overflow="fold")
+    table.add_column("", no_wrap=True)
+    for name in reports:
+        table.add_column(name, justify="right", overflow="fold")
     for metric in metrics:
-        table.add_column(first.metrics[metric].name, justify="right", no_wrap=True)
-    for key in apart:
-        table.add_column(key.split(".")[-1].replace("_", " "), overflow="fold")
-    leaders = {
-        metric: best(metric, [each.metrics[metric].value for each in reports.values()]) for metric in metrics
-    }
-    for place, (name, report) in enumerate(reports.items()):
-        numbers = [
-            Text(
-                as_text(each, report.metrics[each]),
-                "bold" if report.metrics[each].value == leaders[each] else "",
-            )
-            for each in metrics
-        ]
-        table.add_row(name, *numbers, *(as_cell(values[place]) for values in apart.values()))
+        numbers = [report.metrics[metric] for report in reports.values()]
+        leader = best(metric, [each.value for each in numbers])
+        cells = (Text(as_text(metric, each), "bold" if each.value == leader else "") for each in numbers)
+        table.add_row(numbers[0].name, *cells)
+    for key, values in settings.items():
+        table.add_row(key.split(".")[-1].replace("_", " "), *map(as_cell, values))
     width = None if sys.stdout.isatty() else max(150, shutil.get_terminal_size().columns)
     Console(width=width, highlight=False, markup=False).print(table)
 

@@ -117,6 +117,8 @@ def samples(
     from hmar_cli.launch import check_device, delegate
 
     check_device(device)
+    if out and out.suffix != ".json":
+        raise UserError(f"--out {out}: the report is JSON", f"call it {out.with_suffix('.json')}")
     wanted = {"extractor": extractor, "metrics": metrics, "count": count, "size": size, "crop": crop}
     plan = choose(wanted, preset, reference, extractor_weights, make_stats, batch_size)
     asked = {

@@ -218,7 +218,7 @@ def _observations(
         count=count,
         size=(int(size[0]), int(size[1])) if size else None,
         crop=str(record.get("crop", "adm")),
-        digest=file_sha256(path),
+        digest=str(record.get("sha256") or file_sha256(path)),  # that of the images, where it is known
         statistics=pooled,
         spatial=statistics("mu_s", "sigma_s"),
         features=features,

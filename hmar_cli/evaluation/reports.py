@@ -89,7 +89,10 @@ def read_report(path: Path) -> Report:
         UserError: no such file, or one of another kind.
     """
     hint = "give a file that `hmar eval … --out FILE.json` wrote"
-    found: Any = read_json(path)
+    try:
+        found: Any = read_json(path)
+    except UserError as error:
+        raise UserError(str(error), hint) from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{path} is no report of `hmar eval`", hint)
     if found.get("version") != VERSION:
