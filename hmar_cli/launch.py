@@ -4,10 +4,15 @@ import os
 import re
 import sys
 import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
 from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_device(device: str) -> None:
@@ -79,6 +84,35 @@ def delegate(processes: int, device: str = "") -> None:
     if not on_cpu and processes > gpus:
         raise UserError(f"--launch {processes}: only {gpus} GPUs are visible", f"use --launch {gpus}")
     raise typer.Exit(_launch(processes, on_cpu, ["-m", "hmar_cli", *without_launch(sys.argv[1:])]))
+
+
+class Place(NamedTuple):
+    """Where a process of a command computes.
+
+    Attributes:
+        device: its device.
+        rank: which process it is, from 0.
+        world: how many there are.
+    """
+
+    device: "torch.device"
+    rank: int
+    world: int
+
+
+def join_processes(device: str = "") -> Place:
+    """Connect this process with the others that `delegate` started, if it did.
+
+    Args:
+        device: "cpu", "cuda" or "" for a GPU where there is one.
+    """
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # one may be at work long after another
+    place = torch.device(device) if device and state.num_processes == 1 else state.device
+    return Place(place, state.process_index, state.num_processes)
 
 
 def _launch(processes: int, on_cpu: bool, command: list[str]) -> int:

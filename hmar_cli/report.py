@@ -126,8 +126,8 @@ def pairs_grid(
     blank = np.full((factor * height, factor * width, 3), 255, np.uint8)
 
     def tile(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        large, canvas = image.repeat(factor, axis=0).repeat(factor, axis=1), blank.copy()
-        canvas[: large.shape[0], : large.shape[1]] = large
+        canvas, (rows, columns) = blank.copy(), image.shape[:2]
+        canvas[: factor * rows, : factor * columns] = image.repeat(factor, axis=0).repeat(factor, axis=1)
         return canvas
 
     tiles = []

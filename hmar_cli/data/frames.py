@@ -6,13 +6,15 @@ Letters: B images of a batch, H W their height and width.
 import contextlib
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from hmar_cli.console import progress
 from hmar_cli.data.ahead import ordered_map
@@ -86,6 +88,16 @@ class FramedImages:
                     bar.advance(len(chunk))
                 self._note([example for example, pixels in chunk if pixels is None])
                 yield from map(as_tensor, self._alike([pixels for _, pixels in chunk if pixels is not None]))
+
+    def gather(self) -> None:
+        """Join what all processes noted, where there are several."""
+        if not distributed.is_initialized():
+            return
+        found: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, (self.unreadable, self.error, self.sizes))
+        self.unreadable = sum(bad for bad, _, _ in found)
+        self.error = next((error for _, error, _ in found if error), "")
+        self.sizes = dict(sum((Counter(sizes) for _, _, sizes in found), Counter[tuple[int, int]]()))
 
     def _cut(self) -> Callable[[Example], Pixels]:
         if self.size is not None:

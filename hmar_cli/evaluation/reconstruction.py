@@ -6,6 +6,7 @@ of a multi-scale VQ tokenizer, from the posterior's mean of a KL autoencoder.
 Letters: B images of a batch, H W their height and width, K scales, V codes, F features.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from hmar_cli.data.frames import as_tensor
 from hmar_cli.data.transforms import Pixels, image_transform
+from hmar_cli.evaluation.codes import count_codes, perplexity, usage
 from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.frechet import FeatureStatistics, frechet_distance
 from hmar_cli.models.scales import Side
@@ -81,21 +83,18 @@ class _Codes:
         height, width = images.shape[2:]
         model = self.model.at_size((height, width))
         tokens = model.encode(images)  # [B, L]
-        for k in range(len(self.counts)):
-            part = tokens[:, model.scales.slice(k)].flatten()
-            self.counts[k] += part.bincount(minlength=model.vocab_size).cpu()
+        self.counts += count_codes(tokens, model.scales, model.vocab_size)
         return model.decode_tokens(tokens)
 
     def sums(self) -> list[Tensor]:
         return [self.counts]
 
     def result(self) -> dict[str, Any]:
-        shares = self.counts / self.counts.sum(dim=1, keepdim=True)  # [K, V]
-        entropy = torch.special.entr(shares).sum(dim=1)
         return {
-            "usage": (self.counts.sum(dim=0) > 0).double().mean().item(),
-            "usage_per_scale": (self.counts > 0).double().mean(dim=1).tolist(),
-            "perplexity_per_scale": entropy.exp().tolist(),
+            "usage": usage(self.counts.sum(dim=0)).item(),
+            "tokens_per_scale": self.counts.sum(dim=1).tolist(),
+            "usage_per_scale": usage(self.counts).tolist(),
+            "perplexity_per_scale": perplexity(self.counts).tolist(),
         }
 
 
@@ -129,6 +128,7 @@ class Reconstructions:
         shown: pairs of the first images and their pictures that are kept.
 
     Attributes:
+        digests: SHA-256 of each image.
         psnr: of each image in dB, over all its pixels and colours.
         ssim: of each image; none of images smaller than its window.
         l1: mean absolute difference of each image, where black is -1 and white 1.
@@ -139,6 +139,7 @@ class Reconstructions:
         self, tokenizer: MultiScaleVQ | KlAutoencoder, extractor: Extractor | None = None, shown: int = 0
     ) -> None:
         self.extractor, self.shown = extractor, shown
+        self.digests: list[bytes] = []
         self.psnr: list[float] = []
         self.ssim: list[float] = []
         self.l1: list[float] = []
@@ -152,6 +153,11 @@ class Reconstructions:
         """Images so far."""
         return len(self.psnr)
 
+    @property
+    def features(self) -> int:
+        """F of the extractor; 0 without one, or before there are images."""
+        return len(self._statistics[0].mean) if self._statistics[0].count else 0
+
     @torch.inference_mode()
     def add(self, images: Tensor) -> Tensor:
         """Reconstruct images and compare.
@@ -164,12 +170,17 @@ class Reconstructions:
 
         Raises:
             ValueError: other images, or ones that are too small for the tokenizer's scales.
+            FloatingPointError: pictures that are not finite.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
+        self.digests += map(_digest, images)
         images = images.to(self._device)
         wanted = images.float() / 127.5 - 1
-        pictures = ((self._bottleneck(wanted) + 1) * 127.5).round().to(torch.uint8)  # [B, 3, H, W]
+        pictures = self._bottleneck(wanted)
+        if not pictures.isfinite().all():
+            raise FloatingPointError("the tokenizer's pictures are not finite")
+        pictures = ((pictures + 1) * 127.5).round().to(torch.uint8)  # [B, 3, H, W]
         got = pictures.float() / 127.5 - 1
         self.psnr += psnr(wanted, got).tolist()
         self.l1 += (wanted - got).abs().double().mean(dim=(1, 2, 3)).tolist()
@@ -187,13 +198,14 @@ class Reconstructions:
         if not distributed.is_initialized():
             return
         statistics = tuple(each.cpu() for each in self._statistics)
-        mine = (self.psnr, self.ssim, self.l1, statistics, self._bottleneck.sums())
+        lists = ("digests", "psnr", "ssim", "l1")
+        mine = (*(getattr(self, name) for name in lists), statistics, self._bottleneck.sums())
         found: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(found, mine)
-        for place, name in enumerate(("psnr", "ssim", "l1")):
+        for place, name in enumerate(lists):
             setattr(self, name, [value for part in found for value in part[place]])
         joined = FeatureStatistics(), FeatureStatistics()
-        for _, _, _, parts, _ in found:
+        for *_, parts, _ in found:
             for into, part in zip(joined, parts, strict=True):
                 into.join(part)
         self._statistics = joined
@@ -216,8 +228,9 @@ class Reconstructions:
 
         Returns:
             `count`, `psnr`, `ssim` (None without), `l1`, each a mean over images; `rfid` where there is an extractor.
-            Of a multi-scale VQ tokenizer `usage`, the share of the V codes that any scale uses; `usage_per_scale`
-            and `perplexity_per_scale`, the exponential of the entropy of the codes in nats, K numbers each. Of a KL
+            Of a multi-scale VQ tokenizer `usage`, the share of the V codes that any scale uses; `tokens_per_scale`,
+            `usage_per_scale` and `perplexity_per_scale`, the exponential of the entropy of the codes in nats, K
+            numbers each. Of a KL
             autoencoder `latent_std`, the standard deviation of all numbers of drawn latents, before any scale, and
             `posterior_std`, the root mean square of the posteriors' own.
 
@@ -248,6 +261,12 @@ def _pixels(image: Tensor) -> Pixels:
     """An image [3, H, W] uint8 as an array [H, W, 3]."""
     pixels: Pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
     return pixels
+
+
+def _digest(image: Tensor) -> bytes:
+    """SHA-256 of an image [3, H, W] uint8, as `observe` computes it."""
+    pixels = _pixels(image)
+    return hashlib.sha256(b"%d %d " % pixels.shape[:2] + pixels.tobytes()).digest()
 
 
 def evaluate_tokenizer(

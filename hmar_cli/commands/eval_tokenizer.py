@@ -1,0 +1,338 @@
+"""`hmar eval tokenizer`: how well a tokenizer reconstructs images."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from hmar_cli.commands import drawing
+from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hmar_cli.checkpoints.store import Checkpoint
+    from hmar_cli.data.frames import FramedImages
+    from hmar_cli.evaluation.extractors import Extractor
+    from hmar_cli.evaluation.reconstruction import Reconstructions
+    from hmar_cli.evaluation.reports import Report
+
+EXAMPLES = """
+Measure how well a tokenizer reconstructs images that it has never seen, and how it uses its codes or latents.
+
+CHECKPOINT is a tokenizer, a model or a cache that carries one; IMAGES is any source. Images are scaled and
+centre-cropped to the size at which the tokenizer was trained, to `--size`, or with `--native` left at their own
+sizes, less what the stride does not divide. A multi-scale VQ tokenizer gets scales in proportion to the size.
+
+PSNR (dB), SSIM and L1 (black is -1, white 1) are means over images, with their standard deviation; all are of
+pictures of 8 bits. With `--extractor`, rFID is the Fréchet distance of the pictures' features from those of the
+images: `rFID-50k` of Inception, `rFID[classifier-cifar10]-10k` of a classifier. Of codes, usage is the share of the
+codebook that occurs, and perplexity the number of codes that would be as varied if all came equally often; of
+latents, `std` is the standard deviation before any scale.
+
+`--preset tokenizer` measures as papers do (VAR; HMAR, supplement, Table 5): ImageNet's 50,000 validation images, the
+tokenizer's own size, ADM's crop, Inception.
+
+**Examples**
+
+- `hmar eval tokenizer runs/msvq-cifar10 cifar10-test.parquet --extractor runs/classifier-cifar10`
+- `hmar eval tokenizer checkpoints/msvq-256 imagenet-val/ --preset tokenizer --launch 8 --out msvq-256.json`
+- `hmar eval tokenizer runs/msvq-tin40 kodak24.parquet --native --grid kodak.png`
+- `hmar eval tokenizer runs/kl-tin40 photos/ --size 512x256 --count 100 --json`
+"""
+
+PRESET_COUNT = 50_000
+"""Images of ImageNet's validation set, and of `rFID-50k`."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `hmar eval`."""
+    app.command("tokenizer", help=EXAMPLES)(tokenizer)
+
+
+def tokenizer(
+    checkpoint: Annotated[Path, typer.Argument(help="Tokenizer, or what carries one.", show_default=False)],
+    images: Annotated[str, typer.Argument(help="Source of images.", show_default=False)],
+    size: Annotated[
+        str, typer.Option(help="Side, or WIDTHxHEIGHT, of the images. [default: as in training]")
+    ] = "",
+    native: Annotated[bool, typer.Option("--native", help="Leave every image at its own size.")] = False,
+    crop: Annotated[
+        Literal["adm", "var"] | None, typer.Option(help="How images are scaled and cut. [default: adm]")
+    ] = None,
+    count: Annotated[int, typer.Option(min=0, help="Of the first images; 0 is all.")] = 0,
+    extractor: Annotated[
+        str, typer.Option(help="Of the rFID: inception, a classifier's checkpoint, ... [default: no rFID]")
+    ] = "",
+    extractor_weights: Annotated[
+        Path | None, typer.Option(help="File of its weights, where they cannot be downloaded.")
+    ] = None,
+    preset: Annotated[
+        Literal["tokenizer"] | None, typer.Option(help="Measure as papers do: tokenizer.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the report.")] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG file of images above their pictures. [default: beside --out]")
+    ] = None,
+    shown: Annotated[int, typer.Option(min=1, help="First images that it shows.")] = 16,
+    device: drawing.Device = "",
+    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure a tokenizer; the help text is `EXAMPLES`."""
+    from hmar_cli.builders import find_tokenizer
+    from hmar_cli.launch import check_device, delegate, join_processes
+
+    check_device(device)
+    if preset:
+        check_preset(
+            {"--size": size, "--native": native, "--crop": crop, "--count": count, "--extractor": extractor}
+        )
+        extractor, count = "inception", PRESET_COUNT
+    if native and (size or crop):
+        raise UserError(
+            "--native scales no image", f"leave out {'--size' if size else '--crop'}, or --native"
+        )
+    source, wanted = find_tokenizer(checkpoint), None if native else parse_size(size)
+    delegate(launch, device)
+    from hmar_cli.data.sources import open_source
+    from hmar_cli.evaluation.extractors import open_extractor
+
+    given = open_source(images, size=wanted or source.recipe.data.size)
+    if preset and given.length is not None and given.length < PRESET_COUNT:
+        raise UserError(
+            f"{images} has {given.length} images, and --preset tokenizer is of {PRESET_COUNT}",
+            "give ImageNet's validation set, or leave out --preset and say --extractor inception",
+        )
+    place = join_processes(device)
+    judge = open_extractor(extractor, place.device, extractor_weights) if extractor else None
+    frames = framed(source, given, None if native else wanted or source.recipe.data.size, crop or "adm")
+    frames.count, frames.batch_size, frames.share = count, batch_size, (place.rank, place.world)
+    picture = grid or (out.with_suffix(".png") if out else None)
+    found = measure(source, frames, judge, place.device, shown if picture else 0)
+    if place.rank:
+        return
+    if preset and found.count < PRESET_COUNT:
+        raise UserError(
+            f"{images} has {found.count} images that can be read, and --preset tokenizer is of {PRESET_COUNT}",
+            frames.error or "give ImageNet's validation set",
+        )
+    report, scales = make_report(source, frames, judge, found, preset or "")
+    publish(report, scales, frames, found, out, picture, as_json)
+
+
+def check_preset(flags: dict[str, Any]) -> None:
+    """Refuse flags that a preset fixes.
+
+    Raises:
+        UserError: one of them was given.
+    """
+    if given := [name for name, value in flags.items() if value]:
+        raise UserError(f"--preset tokenizer fixes {', '.join(given)}", "leave out either")
+
+
+def parse_size(text: str) -> list[int] | None:
+    """Read "256" or "512x256" (width x height) as [height, width]; None for an empty text.
+
+    Raises:
+        UserError: another text.
+    """
+    if not text:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--size {text}: expected a side or WIDTHxHEIGHT in pixels", "such as 256 or 512x256")
+    return [int(parts[-1]), int(parts[0])]
+
+
+def framed(checkpoint: "Checkpoint", source: Any, size: Any, crop: Any) -> "FramedImages":
+    """The images of a source at a size that the tokenizer takes.
+
+    Raises:
+        UserError: a size that its stride does not divide.
+    """
+    from hmar_cli.data.frames import FramedImages
+    from hmar_cli.data.transforms import height_width
+
+    stride = 2 ** (len(checkpoint.recipe.tokenizer.multipliers) - 1)
+    height, width = (stride, stride) if size is None else height_width(size)
+    if height % stride or width % stride:
+        rows, columns = (max(side // stride, 1) * stride for side in (height, width))
+        raise UserError(
+            f"--size {width}x{height}: a token of this tokenizer is {stride} pixels wide, which must divide both",
+            f"such as --size {columns}x{rows}",
+        )
+    return FramedImages(source, stride, None if size is None else (height, width), crop)
+
+
+def measure(
+    checkpoint: "Checkpoint", frames: "FramedImages", judge: "Extractor | None", place: Any, shown: int
+) -> "Reconstructions":
+    """Reconstruct the images, all processes together.
+
+    Raises:
+        UserError: no image that can be read, or one that is too small for the tokenizer's scales.
+    """
+    from hmar_cli.builders import load_tokenizer
+    from hmar_cli.evaluation.reconstruction import evaluate_tokenizer
+
+    codec = load_tokenizer(checkpoint.folder).to(place)
+    try:
+        found = evaluate_tokenizer(codec, frames, judge, shown)
+    except ValueError as error:
+        raise UserError(
+            f"images of {frames.source.name} do not suit this tokenizer: {error}", "choose a larger --size"
+        ) from error
+    except FloatingPointError as error:
+        raise UserError(f"{checkpoint.folder}: {error}", "its weights are broken") from error
+    found.gather()
+    frames.gather()
+    if found.count < (2 if judge else 1):
+        raise UserError(
+            f"{frames.source.name} has {found.count} images that can be read"
+            + (", and an rFID needs 2" if judge else ""),
+            frames.error or "give more images",
+        )
+    return found
+
+
+def make_report(
+    checkpoint: "Checkpoint",
+    frames: "FramedImages",
+    judge: "Extractor | None",
+    found: "Reconstructions",
+    preset: str,
+) -> "tuple[Report, list[dict[str, Any]]]":
+    """The numbers with what they depend on; and what there is of each scale."""
+    import statistics
+
+    from hmar_cli.evaluation.measures import metric_name
+    from hmar_cli.evaluation.observing import set_digest
+    from hmar_cli.evaluation.reports import Measured, Report
+
+    summary = found.summary()
+    metrics = {}
+    for key, name in (("psnr", "PSNR"), ("ssim", "SSIM"), ("l1", "L1")):
+        if summary[key] is not None:
+            metrics[key] = Measured(name, summary[key], statistics.pstdev(getattr(found, key)))
+    if judge is not None:
+        metrics["rfid"] = Measured(f"r{metric_name('fid', judge, found.count)}", summary["rfid"])
+    for key, name in (
+        ("usage", "code usage"),
+        ("latent_std", "latent std"),
+        ("posterior_std", "posterior std"),
+    ):
+        if key in summary:
+            metrics[key] = Measured(name, summary[key])
+    sizes = {f"{width}x{height}": count for (height, width), count in sorted(frames.sizes.items())}
+    settings = {
+        "measures": "tokenizer",
+        "preset": preset,
+        "images": {"count": found.count, "sha256": set_digest(found.digests), "sizes": sizes},
+        "crop": frames.crop if frames.size else "none",
+        "extractor": judge.describe() if judge else None,
+    }
+    subject = {
+        "tokenizer": str(checkpoint.folder),
+        "recipe": checkpoint.recipe.name,
+        "kind": checkpoint.recipe.tokenizer.kind,
+        "step": checkpoint.step,
+        "fingerprint": checkpoint.tokenizer_hash,
+        "images": frames.source.name,
+        "unreadable": frames.unreadable,
+    }
+    return Report(metrics, settings, subject, made_with(frames)), scale_rows(checkpoint, summary)
+
+
+def made_with(frames: "FramedImages") -> dict[str, Any]:
+    """What should change nothing."""
+    import torch
+
+    import hmar_cli
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {"hmar": hmar_cli.__version__, "torch": str(torch.__version__)}
+    return {"device": device, "processes": frames.share[1], "batch_size": frames.batch_size, **versions}
+
+
+def scale_rows(checkpoint: "Checkpoint", summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each scale its grid as in training, its tokens in all, the share of codes that occurs, their perplexity."""
+    if "usage_per_scale" not in summary:
+        return []
+    columns = {
+        "grid": map(list, checkpoint.recipe.scales.grids),
+        "tokens": summary["tokens_per_scale"],
+        "usage": summary["usage_per_scale"],
+        "perplexity": summary["perplexity_per_scale"],
+    }
+    rows = enumerate(zip(*columns.values(), strict=True), start=1)
+    return [{"scale": k, **dict(zip(columns, row, strict=True))} for k, row in rows]
+
+
+def publish(
+    report: "Report",
+    scales: list[dict[str, Any]],
+    frames: "FramedImages",
+    found: "Reconstructions",
+    out: Path | None,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
+    """Write the files, warn of what makes numbers weak, and print."""
+    from hmar_cli.console import console
+    from hmar_cli.files import write_json
+    from hmar_cli.report import pairs_grid, save_png
+
+    whole = {**report.describe(), "scales": scales}
+    if picture:
+        save_png(pairs_grid(found.pairs), picture)
+        console.print(f"the first {len(found.pairs)} images above their pictures: {picture}", highlight=False)
+    if out:
+        write_json(out, whole)
+        console.print(f"report: {out}", highlight=False)
+    for line in warnings(frames, found):
+        console.print(f"[yellow]warning:[/] {line}", highlight=False)
+    if as_json:
+        print(json.dumps(whole, indent=2, ensure_ascii=False))
+    else:
+        print_report(report, scales)
+
+
+def warnings(frames: "FramedImages", found: "Reconstructions") -> list[str]:
+    """What a reader of the numbers has to know."""
+    lines = []
+    if frames.unreadable:
+        lines.append(f"left out {frames.unreadable} images of {frames.source.name}; {frames.error}")
+    if found.features >= found.count:
+        lines.append(
+            f"an rFID of {found.count} images says little: their covariance has {found.features} features a side"
+        )
+    if len(found.ssim) < found.count:
+        lines.append(f"no SSIM of {found.count - len(found.ssim)} images that are smaller than its window")
+    return lines
+
+
+def print_report(report: "Report", scales: list[dict[str, Any]]) -> None:
+    """Print the numbers, and a row for each scale."""
+    from rich.console import Console
+    from rich.table import Table
+
+    images = report.settings["images"]
+    sizes = ", ".join(
+        f"{size}" + f" ({n})" * (len(images["sizes"]) > 1) for size, n in images["sizes"].items()
+    )
+    about = f"{report.subject['recipe']}, {images['count']} images of {report.subject['images']}, {sizes}"
+    print(about)
+    for key, number in report.metrics.items():
+        value = f"{number.value:.1%}" if key == "usage" else f"{number}{' dB' if key == 'psnr' else ''}"
+        print(f"{number.name:{max(len(each.name) for each in report.metrics.values())}}  {value}")
+    if not scales:
+        return
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("scale", "grid", "tokens", "usage", "perplexity"):
+        table.add_column(title, justify="right")
+    for row in scales:
+        grid = "x".join(map(str, reversed(row["grid"])))
+        numbers = str(row["tokens"]), f"{row['usage']:.1%}", f"{row['perplexity']:.1f}"
+        table.add_row(str(row["scale"]), grid, *numbers)
+    Console(highlight=False).print(table)
