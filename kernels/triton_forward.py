@@ -162,6 +162,7 @@ def _attend(
 ):  # fmt: skip
     """Let queries q [M, D] attend to the keys `begin` to `end` (see `block_start`), each in its bounds where PART.
 
+    `factor`, a number or [M, 1], turns products, over the norms of keys where NORMALIZE, into scores.
     Returns the sums of values [M, D] and of weights [M], and what they are relative to, `top` [M]: the maximum so
     far, or where STEADY, what it was before.
     """
@@ -174,21 +175,17 @@ def _attend(
                 inverse = inverse_norm(k_block)
             else:
                 inverse = load_row(norms, norms_start, first, keys, BLOCK, PART, BULK)
-            if STEADY:
-                scores = scores * inverse[None, :] - top[:, None]
-            else:
-                scores = scores * inverse[None, :]
-        elif STEADY:
-            scores = scores * factor - top[:, None]
-        if PART:
-            at = first + tl.arange(0, BLOCK)
-            sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
-            scores = tl.where(sees, scores, float("-inf"))
+            scores = scores * inverse[None, :]
         if STEADY:
-            weights = tl.exp2(scores)
+            weights = tl.exp2(scores * factor - top[:, None])
         else:
-            new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-            weights = tl.exp2(scores * factor - new_top[:, None])
+            scores = scores * factor
+            if PART:
+                at = first + tl.arange(0, BLOCK)
+                sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
+                scores = tl.where(sees, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_top[:, None])
             correction = tl.exp2(top - new_top)
             total = total * correction
             acc = acc * correction[:, None]
@@ -207,8 +204,7 @@ def forward_kernel(
 ):  # fmt: skip
     """One tile of one head: out [B, N, H, D] and lse [B, H, N] from q, k and v of any strides (of B, L and H).
 
-    Arrays of numbers lie as `pitch` says. `norms` [B, H, L] holds 1 / |key| unless INLINE. `scale` is not negative
-    unless NORMALIZE.
+    Arrays of numbers lie as `pitch` says. `norms` [B, H, L] holds 1 / |key| where NORMALIZE, unless INLINE.
     """
     tile = tiles + tl.program_id(0) % count * 6
     sample = tl.program_id(0) // count
@@ -224,9 +220,7 @@ def forward_kernel(
     norms_start = tl.cast(sample, tl.int64) * pitch(keys)
     factor = scale * LOG2E
     if NORMALIZE:
-        temperature = tl.load(head_scale + h) * factor
-        q_tile = (q_tile.to(tl.float32) * (inverse_norm(q_tile) * temperature)[:, None]).to(q_tile.dtype)
-        factor = 1.0
+        factor = (inverse_norm(q_tile) * (tl.load(head_scale + h) * factor))[:, None]
     start, end, whole, whole_end = tile_columns(tile, BLOCK)
     whole = tl.minimum(whole + BLOCK, whole_end)  # the first gives every row a maximum to start with
     acc = tl.zeros([M, WIDTH], tl.float32)
