@@ -1,20 +1,24 @@
 """`hmar analyze`, the analyses of next-scale models: VAR, HMAR and their tokenizers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hmar_cli.commands import drawing
+from hmar_cli.commands import drawing, sweeping
+from hmar_cli.commands.flags import with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
     from hmar_cli.analysis.held_out import HeldOut, Subject
-    from hmar_cli.analysis.reconstruction import Bench
-    from hmar_cli.settings import NextScaleSample
+    from hmar_cli.analysis.reconstruction import Version
+    from hmar_cli.analysis.results import Row
+    from hmar_cli.settings import NextScaleSample, Recipe
 
 LENGTHS = """
 Sequence length against resolution and against sampling steps (HMAR supplement B.1, Figs 7 and 8).
@@ -108,6 +112,20 @@ The six weightings of the next-scale loss over scales (HMAR supplement C.2, Fig.
 - `hmar analyze weightings --sides 1,2,3,4,6,8 --out analysis/weightings-tiny`
 """
 
+WEIGHTING_QUALITY = """
+Train a model with each weighting of the loss, and measure their images (HMAR supplement C.2, Table 4).
+
+Every run has the recipe's settings but for `objective.weighting`; runs lie in `--runs`, a finished one is kept and
+one that was stopped goes on. The paper samples with cfg=1.5, top_k=900 and top_p=0.96, at 310M parameters. Loss and
+accuracy per scale (Figs 14 to 16) come from `hmar analyze scales runs/weightings/*`.
+
+**Examples**
+
+- `hmar analyze weighting-quality --data caches/shapes --reference "builtin:shapes?seed=1" --extractor runs/judge`
+- `hmar analyze weighting-quality --recipe hmar-cifar10 --data caches/cifar10 --train-seeds 0,1 --only none,lognormal
+  --set cfg=1.5 --reference cifar10-test.parquet --extractor runs/classifier-cifar10`
+"""
+
 Checkpoints = Annotated[
     list[Path], typer.Argument(help="Checkpoints or run folders of VAR and HMAR.", show_default=False)
 ]
@@ -117,13 +135,45 @@ Data = Annotated[
 Count = Annotated[int, typer.Option(min=0, help="Images, evenly spaced over the data; 0 is all.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the files. [default: analysis/ and this name]")]
 Pictures = Annotated[str, typer.Option(help="Source of held-out images.", show_default=False)]
-Extractor = Annotated[
-    str,
-    typer.Option(help="Also measure distances: a classifier's run, inception, open_clip:TOWER/TAG, …."),
-]
-ExtractorWeights = Annotated[Path | None, typer.Option(help="Local file of its weights.")]
-Shown = Annotated[int, typer.Option(min=1, max=64, help="Images in a row of the grid.")]
+Sides = Annotated[str, typer.Option(help="A scale list, such as 1,2,3x4. [default: that of 256 pixels]")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """How models are loaded and where the files go; each field is a flag."""
+
+    seed: drawing.Seed = 0
+    batch_size: BatchSize = 32
+    weights: drawing.Weights = ""
+    tokenizer: drawing.Tokenizer = None
+    device: drawing.Device = ""
+    out: Out = None
+    as_json: drawing.AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looking:
+    """How pictures are compared and shown; each field is a flag."""
+
+    extractor: Annotated[
+        str,
+        typer.Option(help="Also measure distances: a classifier's run, inception, open_clip:TOWER/TAG, …."),
+    ] = ""
+    extractor_weights: Annotated[Path | None, typer.Option(help="Local file of its weights.")] = None
+    shown: Annotated[int, typer.Option(min=1, max=64, help="Images in a row of the grid.")] = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How VAR and HMAR draw; each field is a flag."""
+
+    cfg: drawing.Cfg = None
+    top_k: drawing.TopK = None
+    top_p: drawing.TopP = None
+    schedule: drawing.SchedulePasses = "recipe"
+    refine_cfg: drawing.RefineCfg = None
+    precision: drawing.Precision = "auto"
 
 
 def register(app: typer.Typer) -> None:
@@ -135,11 +185,7 @@ def register(app: typer.Typer) -> None:
     app.command("half-masked", help=HALF_MASKED)(half_masked)
     app.command("codebook", help=CODEBOOK)(codebook)
     app.command("weightings", help=WEIGHTINGS)(weightings)
-
-
-def folder(out: Path | None, name: str) -> Path:
-    """Where an analysis goes."""
-    return out or Path("analysis") / name
+    app.command("weighting-quality", help=WEIGHTING_QUALITY)(weighting_quality)
 
 
 def choose_device(device: str) -> "torch.device":
@@ -156,21 +202,64 @@ def choose_device(device: str) -> "torch.device":
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def load_subjects(
-    checkpoints: Sequence[Path], weights: str, tokenizer: Path | None, device: str
-) -> "list[Subject]":
-    """Load models that share a tokenizer, under names that differ."""
-    place = choose_device(device)
+def load_subjects(checkpoints: Sequence[Path], flags: Flags) -> "list[Subject]":
+    """Load models that share a tokenizer, under names that differ.
+
+    Raises:
+        UserError: one cannot be had, is of another family, or has another tokenizer.
+    """
+    place = choose_device(flags.device)
     from hmar_cli.analysis.held_out import load_subject, require_same_tokenizer
     from hmar_cli.commands.curves import names
 
-    titles = names(list(checkpoints))
     subjects = [
-        load_subject(path, name, place, weights, tokenizer)
-        for path, name in zip(checkpoints, titles, strict=True)
+        load_subject(path, name, place, flags.weights, flags.tokenizer)
+        for path, name in zip(checkpoints, names(list(checkpoints)), strict=True)
     ]
     require_same_tokenizer(subjects)
     return subjects
+
+
+def finish(
+    name: str,
+    flags: Flags,
+    rows: "Sequence[Row]",
+    settings: Mapping[str, Any],
+    figure: "Figure | None",
+    *,
+    tiles: Mapping[str, Sequence[Any]] | None = None,
+    drawn: Sequence[Path] = (),
+    summary: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    shown: "Sequence[Row]" = (),
+) -> None:
+    """Write an analysis and print it.
+
+    Args:
+        name: of the analysis.
+        flags: where to, and how.
+        rows: the numbers.
+        settings: what they depend on.
+        figure: of the rows; None where a file of `drawn` is it.
+        tiles: images of each row of the grid, by label.
+        drawn: files that are written already.
+        summary: what the rows come to.
+        notes: the same for people.
+        shown: fewer rows for the table.
+    """
+    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.report import labelled_grid
+
+    out = flags.out or Path("analysis") / name
+    grid = labelled_grid(tiles) if tiles else None
+    files = save_analysis(out, name, rows, settings, figure, grid=grid, summary=summary)
+    written = [*drawn, *files]
+    print_analysis(
+        name, rows, settings, written, as_json=flags.as_json, summary=summary, notes=notes, shown=shown
+    )
+
+
+# Sequences and scales
 
 
 def lengths(
@@ -179,7 +268,6 @@ def lengths(
     as_json: drawing.AsJson = False,
 ) -> None:
     """Draw Figs 7 and 8; the help text is `LENGTHS`."""
-    from hmar_cli.analysis.results import Row, print_analysis, save_analysis
     from hmar_cli.benchmarks.cases import RESOLUTIONS, lengths_by_resolution, lengths_by_steps
     from hmar_cli.benchmarks.charts import length_chart
 
@@ -193,90 +281,76 @@ def lengths(
     by_steps = {int(pixels): lengths_by_steps(RESOLUTIONS[int(pixels)]) for pixels in asked}
     rows: list[Row] = [{"figure": "7", **row} for row in by_resolution]
     rows += [{"figure": "8", "pixels": pixels, **row} for pixels, own in by_steps.items() for row in own]
-    target = folder(out, "lengths")
-    length_chart(by_resolution, by_steps, target / "lengths.png")
+    target = (out or Path("analysis") / "lengths") / "lengths.png"
+    length_chart(by_resolution, by_steps, target)
     settings = {"sides": {str(pixels): list(sides) for pixels, sides in RESOLUTIONS.items()}}
-    files = save_analysis(target, "lengths", rows, settings, None)
-    print_analysis("lengths", rows, settings, [target / "lengths.png", *files], as_json=as_json)
+    finish("lengths", Flags(out=out, as_json=as_json), rows, settings, None, drawn=[target])
 
 
+@with_flags
 def scales(
     checkpoints: Checkpoints,
     data: Data,
+    flags: Flags,
     count: Count = 1000,
     mask_share: Annotated[
         float | None,
-        typer.Option(
-            min=0, max=1, help="Of masked tokens a scale. [default: evenly over 0 to 1, as in training]"
-        ),
+        typer.Option(min=0, max=1, help="Of masked tokens. [default: evenly over 0 to 1, as in training]"),
     ] = None,
-    seed: drawing.Seed = 0,
-    batch_size: BatchSize = 32,
-    weights: drawing.Weights = "",
-    tokenizer: drawing.Tokenizer = None,
-    device: drawing.Device = "",
-    out: Out = None,
-    as_json: drawing.AsJson = False,
 ) -> None:
     """Draw Figs 12, 16 and 22; the help text is `SCALES`."""
-    subjects = load_subjects(checkpoints, weights, tokenizer, device)
+    subjects = load_subjects(checkpoints, flags)
     from hmar_cli.analysis.held_out import read_held_out
-    from hmar_cli.analysis.results import print_analysis, save_analysis
     from hmar_cli.analysis.scales import measure_scales, scale_figure, summarize, tasks
 
-    grids = subjects[0].model.scales
-    held_out = read_held_out(data, subjects[0].codec, count=count, batch_size=batch_size)
+    grids, together = subjects[0].model.scales, flags.batch_size
+    held_out = read_held_out(data, subjects[0].codec, count=count, batch_size=together)
     rows = [
         row
         for subject in subjects
         for task in tasks(subject)
-        for row in measure_scales(subject, held_out, task, batch_size=batch_size, seed=seed, share=mask_share)
+        for row in measure_scales(
+            subject, held_out, task, batch_size=together, seed=flags.seed, share=mask_share
+        )
     ]
     settings = {
         "models": [subject.describe() for subject in subjects],
         "held_out": held_out.about,
         "sides": grids.sides(),
         "mask_share": mask_share,
-        "seed": seed,
+        "seed": flags.seed,
         "precision": "fp32",
     }
     summary = summarize(rows, grids)
-    figure = scale_figure(rows, grids)
-    files = save_analysis(folder(out, "scales"), "scales", rows, settings, figure, summary=summary)
     notes = [
         f"{each['model']}, {each['task']}: cross-entropy {each['cross_entropy']:.4g} nats, "
         f"accuracy {each['accuracy']:.2%} of all its tokens"
         for each in summary["totals"]
     ]
-    print_analysis("scales", rows, settings, files, as_json=as_json, summary=summary, notes=notes)
+    finish("scales", flags, rows, settings, scale_figure(rows, grids), summary=summary, notes=notes)
 
 
+@with_flags
 def attention(
     checkpoints: Checkpoints,
+    flags: Flags,
     data: Annotated[
         str, typer.Option(help="Cache or source of images. [default: each model's own samples]")
     ] = "",
     count: Count = 64,
-    seed: drawing.Seed = 0,
-    batch_size: BatchSize = 16,
-    weights: drawing.Weights = "",
-    tokenizer: drawing.Tokenizer = None,
-    device: drawing.Device = "",
-    out: Out = None,
-    as_json: drawing.AsJson = False,
 ) -> None:
     """Draw Figs 9 and 10; the help text is `ATTENTION`."""
-    subjects = load_subjects(checkpoints, weights, tokenizer, device)
+    if not data and not count:
+        raise UserError("--count 0: samples have no number of their own", "give --count, or --data")
+    subjects, together = load_subjects(checkpoints, flags), flags.batch_size
     from hmar_cli.analysis.attention import attention_figure, attention_rows, measure_attention, scale_pairs
     from hmar_cli.analysis.held_out import draw_held_out, read_held_out
-    from hmar_cli.analysis.results import print_analysis, save_analysis
 
-    given = read_held_out(data, subjects[0].codec, count=count, batch_size=batch_size) if data else None
+    given = read_held_out(data, subjects[0].codec, count=count, batch_size=together) if data else None
     found, images = {}, {}
     for subject in subjects:
-        shown = given or draw_held_out(subject, count=count, seed=seed, batch_size=batch_size)
-        found[subject.name] = measure_attention(subject, shown, batch_size)
-        images[subject.name] = shown.about
+        seen = given or draw_held_out(subject, count=count, seed=flags.seed, batch_size=together)
+        found[subject.name], images[subject.name] = measure_attention(subject, seen, together), seen.about
     rows = [row for name, patterns in found.items() for row in attention_rows(name, patterns)]
     pairs = [row for name, patterns in found.items() for row in scale_pairs(name, patterns)]
     settings = {
@@ -285,21 +359,80 @@ def attention(
         "sides": subjects[0].model.scales.sides(),
         "precision": "fp32",
     }
-    target, summary = folder(out, "attention"), {"scale_pairs": pairs}
-    files = save_analysis(target, "attention", rows, settings, attention_figure(found), summary=summary)
-    print_analysis("attention", rows, settings, files, as_json=as_json, summary=summary, shown=pairs)
+    summary, figure = {"scale_pairs": pairs}, attention_figure(found)
+    finish("attention", flags, rows, settings, figure, summary=summary, shown=pairs)
 
 
-def open_bench(
-    held_out: "HeldOut", subject: "Subject", extractor: str, weights: Path | None, batch_size: int, shown: int
-) -> "tuple[Bench, dict[str, Any] | None]":
-    """What versions of images are judged by, and its extractor for the record."""
-    from hmar_cli.analysis.reconstruction import Bench
-    from hmar_cli.evaluation.extractors import open_extractor
+# Pictures of which a part is known
 
-    looking = open_extractor(extractor, subject.device, weights) if extractor else None
-    bench = Bench(held_out, subject.codec, looking, batch_size=batch_size, shown=shown)
-    return bench, looking.describe() if looking else None
+
+@with_flags
+def teacher_forcing(
+    checkpoints: Checkpoints,
+    data: Pictures,
+    flags: Flags,
+    sampler: Sampler,
+    looking: Looking,
+    count: Count = 200,
+) -> None:
+    """Draw Fig. 17; the help text is `TEACHER_FORCING`."""
+    given = drawing.given_settings({**dict.fromkeys(drawing.SETTINGS), **asdict(sampler)})
+    subjects = load_subjects(checkpoints, flags)
+    samplers = [next_scale_settings(subject, given) for subject in subjects]
+    from hmar_cli.analysis import reconstruction
+
+    held_out = read_pictures(subjects, data, flags, count)
+    versions = [
+        version
+        for subject, settings in zip(subjects, samplers, strict=True)
+        for version in reconstruction.known_scales(
+            subject, held_out, settings, seed=flags.seed, precision=sampler.precision
+        )
+    ]
+    judge, rows, tiles = compare(subjects, held_out, versions, flags, looking)
+    about = {
+        "models": [
+            {**subject.describe(), "sample": asdict(settings)}
+            for subject, settings in zip(subjects, samplers, strict=True)
+        ],
+        "held_out": held_out.about,
+        "extractor": judge,
+        "seed": flags.seed,
+        "precision": sampler.precision,
+    }
+    figure = reconstruction.known_scales_figure(rows, subjects[0].model.scales)
+    finish("teacher-forcing", flags, rows, about, figure, tiles=tiles)
+
+
+@with_flags
+def half_masked(
+    checkpoints: Checkpoints,
+    data: Pictures,
+    flags: Flags,
+    looking: Looking,
+    count: Count = 200,
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of masked tokens of every scale.")] = 0.5,
+) -> None:
+    """Draw Fig. 18; the help text is `HALF_MASKED`."""
+    subjects = load_subjects(checkpoints, flags)
+    if all(subject.model.masked is None for subject in subjects):
+        raise UserError(
+            f"{checkpoints[0]} has no masked branch", "give a model that `hmar finetune-masked` made"
+        )
+    from hmar_cli.analysis import reconstruction
+
+    held_out = read_pictures(subjects, data, flags, count)
+    versions = reconstruction.half_masked(subjects, held_out, share=share, seed=flags.seed)
+    judge, rows, tiles = compare(subjects, held_out, versions, flags, looking)
+    about = {
+        "models": [subject.describe() for subject in subjects],
+        "held_out": held_out.about,
+        "extractor": judge,
+        "share": share,
+        "seed": flags.seed,
+        "precision": "fp32",
+    }
+    finish("half-masked", flags, rows, about, reconstruction.half_masked_figure(rows), tiles=tiles)
 
 
 def next_scale_settings(subject: "Subject", given: dict[str, Any]) -> "NextScaleSample":
@@ -311,104 +444,34 @@ def next_scale_settings(subject: "Subject", given: dict[str, Any]) -> "NextScale
     return settings
 
 
-def teacher_forcing(
-    checkpoints: Checkpoints,
-    data: Pictures,
-    count: Count = 200,
-    extractor: Extractor = "",
-    extractor_weights: ExtractorWeights = None,
-    cfg: drawing.Cfg = None,
-    top_k: drawing.TopK = None,
-    top_p: drawing.TopP = None,
-    schedule: drawing.SchedulePasses = "recipe",
-    refine_cfg: drawing.RefineCfg = None,
-    shown: Shown = 8,
-    seed: drawing.Seed = 0,
-    batch_size: BatchSize = 32,
-    weights: drawing.Weights = "",
-    tokenizer: drawing.Tokenizer = None,
-    device: drawing.Device = "",
-    precision: drawing.Precision = "auto",
-    out: Out = None,
-    as_json: drawing.AsJson = False,
-) -> None:
-    """Draw Fig. 17; the help text is `TEACHER_FORCING`."""
-    given = drawing.given_settings(
-        {**dict.fromkeys(drawing.SETTINGS), "cfg": cfg, "top_k": top_k, "top_p": top_p}
-        | {"schedule": schedule, "refine_cfg": refine_cfg}
-    )
-    subjects = load_subjects(checkpoints, weights, tokenizer, device)
-    samplers = {subject.name: next_scale_settings(subject, given) for subject in subjects}
-    from dataclasses import asdict
-
+def read_pictures(subjects: "Sequence[Subject]", data: str, flags: Flags, count: int) -> "HeldOut":
+    """Held-out images as tokens, with their pictures."""
     from hmar_cli.analysis.held_out import read_held_out
-    from hmar_cli.analysis.reconstruction import judge_all, known_scales, known_scales_figure
-    from hmar_cli.analysis.results import print_analysis, save_analysis
-    from hmar_cli.report import labelled_grid
 
-    held_out = read_held_out(data, subjects[0].codec, count=count, batch_size=batch_size, pictures=True)
-    bench, judge = open_bench(held_out, subjects[0], extractor, extractor_weights, batch_size, shown)
-    versions = [
-        version
-        for subject in subjects
-        for version in known_scales(subject, held_out, samplers[subject.name], seed=seed, precision=precision)
-    ]
+    return read_held_out(data, subjects[0].codec, count=count, batch_size=flags.batch_size, pictures=True)
+
+
+def compare(
+    subjects: "Sequence[Subject]",
+    held_out: "HeldOut",
+    versions: "Sequence[Version]",
+    flags: Flags,
+    looking: Looking,
+) -> "tuple[dict[str, Any] | None, list[Row], dict[str, list[Any]]]":
+    """Judge versions of images: the extractor for the record, their rows, and the images to show."""
+    from hmar_cli.analysis.reconstruction import Bench, judge_all
+    from hmar_cli.evaluation.extractors import open_extractor
+
+    first = subjects[0]
+    extractor = None
+    if looking.extractor:
+        extractor = open_extractor(looking.extractor, first.device, looking.extractor_weights)
+    bench = Bench(held_out, first.codec, extractor, batch_size=flags.batch_size, shown=looking.shown)
     rows, tiles = judge_all(bench, versions)
-    settings = {
-        "models": [{**subject.describe(), "sample": asdict(samplers[subject.name])} for subject in subjects],
-        "held_out": held_out.about,
-        "extractor": judge,
-        "seed": seed,
-        "precision": precision,
-    }
-    name, figure = "teacher-forcing", known_scales_figure(rows, subjects[0].model.scales)
-    files = save_analysis(folder(out, name), name, rows, settings, figure, grid=labelled_grid(tiles))
-    print_analysis(name, rows, settings, files, as_json=as_json)
+    return extractor.describe() if extractor else None, rows, tiles
 
 
-def half_masked(
-    checkpoints: Checkpoints,
-    data: Pictures,
-    count: Count = 200,
-    share: Annotated[float, typer.Option(min=0, max=1, help="Of masked tokens of every scale.")] = 0.5,
-    extractor: Extractor = "",
-    extractor_weights: ExtractorWeights = None,
-    shown: Shown = 8,
-    seed: drawing.Seed = 0,
-    batch_size: BatchSize = 32,
-    weights: drawing.Weights = "",
-    tokenizer: drawing.Tokenizer = None,
-    device: drawing.Device = "",
-    out: Out = None,
-    as_json: drawing.AsJson = False,
-) -> None:
-    """Draw Fig. 18; the help text is `HALF_MASKED`."""
-    subjects = load_subjects(checkpoints, weights, tokenizer, device)
-    if all(subject.model.masked is None for subject in subjects):
-        raise UserError(
-            f"{checkpoints[0]} has no masked branch",
-            "give a model that `hmar finetune-masked` made, alone or among others",
-        )
-    from hmar_cli.analysis import reconstruction
-    from hmar_cli.analysis.held_out import read_held_out
-    from hmar_cli.analysis.results import print_analysis, save_analysis
-    from hmar_cli.report import labelled_grid
-
-    held_out = read_held_out(data, subjects[0].codec, count=count, batch_size=batch_size, pictures=True)
-    bench, judge = open_bench(held_out, subjects[0], extractor, extractor_weights, batch_size, shown)
-    versions = reconstruction.half_masked(subjects, held_out, share=share, seed=seed)
-    rows, tiles = reconstruction.judge_all(bench, versions)
-    settings = {
-        "models": [subject.describe() for subject in subjects],
-        "held_out": held_out.about,
-        "extractor": judge,
-        "share": share,
-        "seed": seed,
-        "precision": "fp32",
-    }
-    name, figure = "half-masked", reconstruction.half_masked_figure(rows)
-    files = save_analysis(folder(out, name), name, rows, settings, figure, grid=labelled_grid(tiles))
-    print_analysis(name, rows, settings, files, as_json=as_json)
+# Tokenizers and training
 
 
 def codebook(
@@ -426,7 +489,6 @@ def codebook(
         raise UserError("--data is missing", f"{path} is no cache, so say which images are to be encoded")
     from hmar_cli.analysis.codebook import codebook_figure, codebook_rows, rank_curves
     from hmar_cli.analysis.held_out import load_msvq, read_held_out
-    from hmar_cli.analysis.results import print_analysis, save_analysis
     from hmar_cli.evaluation.codes import count_codes
 
     codec, checkpoint = load_msvq(path)
@@ -442,25 +504,66 @@ def codebook(
     }
     summary = {"rank_frequency": rank_curves(counts, codec.scales)}
     figure = codebook_figure(counts, rows, codec.scales)
-    files = save_analysis(folder(out, "codebook"), "codebook", rows, settings, figure, summary=summary)
-    print_analysis("codebook", rows, settings, files, as_json=as_json, summary=summary)
+    finish("codebook", Flags(out=out, as_json=as_json), rows, settings, figure, summary=summary)
 
 
 def weightings(
-    sides: Annotated[
-        str, typer.Option(help="A scale list, such as 1,2,3x4. [default: that of 256 pixels]")
-    ] = "",
+    sides: Sides = "",
     out: Out = None,
     as_json: drawing.AsJson = False,
 ) -> None:
     """Draw Fig. 13; the help text is `WEIGHTINGS`."""
-    from hmar_cli.analysis.results import print_analysis, save_analysis
     from hmar_cli.analysis.weightings import weighting_figure, weighting_rows
     from hmar_cli.benchmarks.cases import RESOLUTIONS, parse_sides
     from hmar_cli.models.scales import Scales
 
-    scales = parse_sides(sides) if sides else Scales.of(RESOLUTIONS[256])
-    rows, settings = weighting_rows(scales), {"sides": scales.sides()}
-    figure = weighting_figure(rows, scales)
-    files = save_analysis(folder(out, "weightings"), "weightings", rows, settings, figure)
-    print_analysis("weightings", rows, settings, files, as_json=as_json)
+    grids = parse_sides(sides) if sides else Scales.of(RESOLUTIONS[256])
+    rows, settings = weighting_rows(grids), {"sides": grids.sides()}
+    finish("weightings", Flags(out=out, as_json=as_json), rows, settings, weighting_figure(rows, grids))
+
+
+@with_flags
+def weighting_quality(
+    data: Annotated[str, typer.Option(help="Cache to train on.", show_default=False)],
+    flags: sweeping.Flags,
+    recipe: Annotated[str, typer.Option(help="Of a next-scale model, by name or path.")] = "hmar-tiny",
+    only: Annotated[str, typer.Option(help="Weightings, by commas. [default: all six]")] = "",
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/weightings"),
+    train_set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of training.")
+    ] = None,
+    train_seeds: Annotated[str, typer.Option(help="Seeds of training, as 0,1. [default: the recipe's]")] = "",
+) -> None:
+    """Make Table 4; the help text is `WEIGHTING_QUALITY`."""
+    from hmar_cli.analysis import studies
+
+    study = sweeping.Study(
+        name="weighting-quality",
+        metrics="fid,is,precision,recall",
+        values=lambda recipe, schedule: {},
+        draw=studies.draw_ablation,
+        base="always",
+    )
+    chosen = sweeping.rows_to_train(weighted(recipe, only, train_set or []), train_seeds, runs)
+    sweeping.train_and_measure(study, chosen, data, flags)
+
+
+def weighted(name: str, only: str, overrides: Sequence[str]) -> "dict[str, Recipe]":
+    """A recipe with each of some weightings, by the weighting.
+
+    Raises:
+        UserError: no such recipe or weighting, or a recipe of another family.
+    """
+    from hmar_cli.analysis.weightings import WEIGHTINGS
+    from hmar_cli.recipe import load_recipe
+    from hmar_cli.settings import NextScaleObjective
+
+    base = load_recipe(name, list(overrides))
+    if not isinstance(base.objective, NextScaleObjective):
+        raise UserError(
+            f"recipe '{base.name}' weighs no scales", "give one of a VAR or HMAR, such as hmar-tiny"
+        )
+    asked = [part.strip() for part in only.split(",")] if only else list(WEIGHTINGS)
+    if unknown := [part for part in asked if part not in WEIGHTINGS]:
+        raise UserError(f"--only {only}: no weighting {unknown[0]!r}", f"there are {', '.join(WEIGHTINGS)}")
+    return {each: load_recipe(name, [*overrides, f"objective.weighting={each}"]) for each in asked}
