@@ -15,6 +15,7 @@ tower of open_clip scales them to.
 import hashlib
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,7 +181,9 @@ def _open_torchscript(text: str, device: torch.device) -> Extractor:
     if not path.is_file():
         raise UserError(f"no file {path}", "torchscript:FILE takes a file that torch.jit.save wrote")
     try:
-        network = torch.jit.load(str(path), map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch means to leave TorchScript behind
+            network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError, EOFError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"cannot read {path} as TorchScript: {line}", "torch.jit.save writes one") from error
@@ -212,7 +215,9 @@ def _open_module(text: str, device: torch.device) -> Extractor:
         raise UserError(f"extractor module:{text}: {error}", "is its folder on PYTHONPATH?") from error
     look = make() if callable(make) else None
     if not callable(look):
-        raise UserError(f"extractor module:{text}: not a function that returns a network")
+        raise UserError(
+            f"extractor module:{text}: not a function that returns a network", f"expected {SPELLINGS}"
+        )
     source = inspect.getsourcefile(inspect.unwrap(make))
     digest = hashlib.sha256(Path(source).read_bytes() if source else b"")
     if isinstance(look, nn.Module):

@@ -48,7 +48,7 @@ class Observations:
         count: images measured; 0 where a file does not say.
         size: (H, W) of what the extractor was given; None where it is unknown.
         crop: "adm", "var", or "none" for images as they were.
-        digest: SHA-256 of the set, or of the file: see `set_digest`.
+        digest: SHA-256 of the set, see `set_digest`; of the file where that does not say.
         statistics: of the pooled features.
         spatial: of the spatial features, if a metric needs them.
         features: [N, F], float32, on the CPU, in the order of the images, if a metric needs them.

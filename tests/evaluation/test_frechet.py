@@ -1,6 +1,8 @@
 """Statistics of features in batches, and the Fréchet distance of Gaussians whose answer is known."""
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -63,6 +65,54 @@ def test_the_closed_form_of_two_dimensions() -> None:
     expected = (cov1.trace() + cov2.trace() - 2 * root).item()
     assert not torch.allclose(product, cov2 @ cov1)
     assert frechet_distance(torch.zeros(2), cov1, torch.zeros(2), cov2) == pytest.approx(expected, rel=1e-10)
+
+
+def test_scipys_square_root_of_matrices_agrees() -> None:
+    for count1, count2, width in ((40, 30, 7), (300, 200, 24)):
+        sets = random(count1, width, seed=5) * torch.arange(1, width + 1), random(count2, width, seed=6) + 0.5
+        ours, theirs = (statistics(each) for each in sets)
+        covariances = [np.cov(each.numpy(), rowvar=False) for each in sets]
+        root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
+        means = [each.numpy().mean(axis=0) for each in sets]
+        expected = np.square(means[0] - means[1]).sum() + np.trace(
+            covariances[0] + covariances[1] - 2 * root.real
+        )
+        found = frechet_distance(ours.mean, ours.covariance, theirs.mean, theirs.covariance)
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_parts_join_to_the_whole() -> None:
+    features = random(37, 5) + 100
+    parts = [statistics(each) for each in features.split([20, 1, 16])]
+    joined = FeatureStatistics()
+    for part in (FeatureStatistics(), parts[2], FeatureStatistics(), parts[0], parts[1]):
+        joined.join(part)
+    whole = statistics(features)
+    assert joined.count == 37
+    torch.testing.assert_close(joined.mean, whole.mean)
+    torch.testing.assert_close(joined.covariance, whole.covariance)
+    assert parts[2].count == 16  # what was joined first is not changed by what came later
+    torch.testing.assert_close(parts[2].mean, features[21:].mean(dim=0))
+    with pytest.raises(ValueError, match=r"expected features \[B, 5\], got \[B, 4\]"):
+        joined.join(statistics(random(3, 4)))
+
+
+def test_moments_of_others_go_on() -> None:
+    features = random(30, 4)
+    found = FeatureStatistics.of_moments(features[:20].mean(dim=0), features[:20].T.cov(), 20)
+    torch.testing.assert_close(found.covariance, features[:20].T.cov())
+    found.add(features[20:])
+    torch.testing.assert_close(found.covariance, features.T.cov())
+    single = FeatureStatistics.of_moments(torch.zeros(3), torch.eye(3), 5)
+    assert single.mean.dtype == single.covariance.dtype == torch.float64
+    for mean, covariance, count, words in (
+        (torch.zeros(3), torch.eye(4), 5, "covariance"),
+        (torch.zeros(3), torch.eye(3), 1, "2 images"),
+        (torch.full((3,), float("nan")), torch.eye(3), 5, "finite"),
+        (torch.zeros(3), torch.ones(3, 3).triu(), 5, "symmetric"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            FeatureStatistics.of_moments(mean, covariance, count)
 
 
 def test_sets_of_images() -> None:
