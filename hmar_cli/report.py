@@ -126,7 +126,8 @@ def pairs_grid(
     blank = np.full((factor * height, factor * width, 3), 255, np.uint8)
 
     def tile(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        canvas, (rows, columns) = blank.copy(), image.shape[:2]
+        canvas: np.ndarray[Any, Any] = blank.copy()
+        rows, columns = image.shape[:2]
         canvas[: factor * rows, : factor * columns] = image.repeat(factor, axis=0).repeat(factor, axis=1)
         return canvas
 

@@ -117,8 +117,8 @@ def tokenizer(
             f"{images} has {found.count} images that can be read, and --preset tokenizer is of {PRESET_COUNT}",
             frames.error or "give ImageNet's validation set",
         )
-    report, scales = make_report(source, frames, judge, found, preset or "")
-    publish(report, scales, frames, found, out, picture, as_json)
+    report = make_report(source, frames, judge, found, preset or "", str(place.device))
+    publish(report, frames, found, out, picture, as_json)
 
 
 def check_preset(flags: dict[str, Any]) -> None:
@@ -202,8 +202,9 @@ def make_report(
     judge: "Extractor | None",
     found: "Reconstructions",
     preset: str,
-) -> "tuple[Report, list[dict[str, Any]]]":
-    """The numbers with what they depend on; and what there is of each scale."""
+    device: str,
+) -> "Report":
+    """The numbers with what they depend on, and what is known of each scale."""
     import statistics
 
     from hmar_cli.evaluation.measures import metric_name
@@ -227,10 +228,9 @@ def make_report(
     sizes = {f"{width}x{height}": count for (height, width), count in sorted(frames.sizes.items())}
     settings = {
         "measures": "tokenizer",
-        "preset": preset,
         "images": {"count": found.count, "sha256": set_digest(found.digests), "sizes": sizes},
         "crop": frames.crop if frames.size else "none",
-        "extractor": judge.describe() if judge else None,
+        "extractor": judge and {"name": judge.name, "fingerprint": judge.fingerprint},
     }
     subject = {
         "tokenizer": str(checkpoint.folder),
@@ -241,18 +241,24 @@ def make_report(
         "images": frames.source.name,
         "unreadable": frames.unreadable,
     }
-    return Report(metrics, settings, subject, made_with(frames)), scale_rows(checkpoint, summary)
+    about = {
+        "preset": preset or None,
+        "extractor": judge and judge.describe(),
+        "scales": scale_rows(checkpoint, summary),
+    }
+    return Report(metrics, settings, subject, about, made_with(frames, device))
 
 
-def made_with(frames: "FramedImages") -> dict[str, Any]:
+def made_with(frames: "FramedImages", device: str) -> dict[str, Any]:
     """What should change nothing."""
-    import torch
+    from hmar_cli.commands.evaluating import versions
 
-    import hmar_cli
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    versions = {"hmar": hmar_cli.__version__, "torch": str(torch.__version__)}
-    return {"device": device, "processes": frames.share[1], "batch_size": frames.batch_size, **versions}
+    return {
+        "batch_size": frames.batch_size,
+        "device": device,
+        "processes": frames.share[1],
+        "versions": versions(),
+    }
 
 
 def scale_rows(checkpoint: "Checkpoint", summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -271,7 +277,6 @@ def scale_rows(checkpoint: "Checkpoint", summary: dict[str, Any]) -> list[dict[s
 
 def publish(
     report: "Report",
-    scales: list[dict[str, Any]],
     frames: "FramedImages",
     found: "Reconstructions",
     out: Path | None,
@@ -280,22 +285,20 @@ def publish(
 ) -> None:
     """Write the files, warn of what makes numbers weak, and print."""
     from hmar_cli.console import console
-    from hmar_cli.files import write_json
     from hmar_cli.report import pairs_grid, save_png
 
-    whole = {**report.describe(), "scales": scales}
     if picture:
         save_png(pairs_grid(found.pairs), picture)
         console.print(f"the first {len(found.pairs)} images above their pictures: {picture}", highlight=False)
     if out:
-        write_json(out, whole)
+        report.save(out)
         console.print(f"report: {out}", highlight=False)
     for line in warnings(frames, found):
         console.print(f"[yellow]warning:[/] {line}", highlight=False)
     if as_json:
-        print(json.dumps(whole, indent=2, ensure_ascii=False))
+        print(json.dumps(report.describe(), indent=2, ensure_ascii=False))
     else:
-        print_report(report, scales)
+        print_report(report)
 
 
 def warnings(frames: "FramedImages", found: "Reconstructions") -> list[str]:
@@ -312,7 +315,7 @@ def warnings(frames: "FramedImages", found: "Reconstructions") -> list[str]:
     return lines
 
 
-def print_report(report: "Report", scales: list[dict[str, Any]]) -> None:
+def print_report(report: "Report") -> None:
     """Print the numbers, and a row for each scale."""
     from rich.console import Console
     from rich.table import Table
@@ -326,12 +329,12 @@ def print_report(report: "Report", scales: list[dict[str, Any]]) -> None:
     for key, number in report.metrics.items():
         value = f"{number.value:.1%}" if key == "usage" else f"{number}{' dB' if key == 'psnr' else ''}"
         print(f"{number.name:{max(len(each.name) for each in report.metrics.values())}}  {value}")
-    if not scales:
+    if not report.about["scales"]:
         return
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for title in ("scale", "grid", "tokens", "usage", "perplexity"):
         table.add_column(title, justify="right")
-    for row in scales:
+    for row in report.about["scales"]:
         grid = "x".join(map(str, reversed(row["grid"])))
         numbers = str(row["tokens"]), f"{row['usage']:.1%}", f"{row['perplexity']:.1f}"
         table.add_row(str(row["scale"]), grid, *numbers)

@@ -5,10 +5,11 @@ T2I-CompBench reports of ViT-B/32, and the mean of 100 max(cosine, 0), which oth
 depend on the model, whose name and hash belong to them.
 """
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,7 @@ class ClipJudge:
 
     def describe(self) -> dict[str, Any]:
         """The judge as JSON has it, with how images are made to fit."""
-        about = {"file": self.file} if self.file else {}
-        return {"name": self.name, "fingerprint": self.fingerprint, **about, **self.clip.preprocessing}
+        return {"name": self.name, "fingerprint": self.fingerprint, **self.clip.preprocessing}
 
 
 def open_judge(spec: str, weights: Path | None = None, device: str | torch.device = "cpu") -> ClipJudge:
@@ -77,12 +77,14 @@ class PromptScores:
 
     Attributes:
         cosines: of each image and its prompt, by the image's place in the source.
+        captions: the prompts, likewise.
         unreadable: images that could not be read, which count nowhere else.
         error: why the first of them could not.
         shown: the first images, small, with their prompts and cosines.
     """
 
     cosines: dict[int, float] = field(default_factory=dict)
+    captions: dict[int, str] = field(default_factory=dict)
     unreadable: int = 0
     error: str = ""
     shown: list[tuple[Image.Image, str, float]] = field(default_factory=list)
@@ -92,14 +94,20 @@ class PromptScores:
         if not distributed.is_initialized():
             return self
         found: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, (self.cosines, self.unreadable, self.error))
-        joined = {index: cosine for cosines, _, _ in found for index, cosine in cosines.items()}
+        distributed.all_gather_object(found, replace(self, shown=[]))
+        joined = {index: part for part in found for index in part.cosines}
         return PromptScores(
-            {index: joined[index] for index in sorted(joined)},
-            sum(bad for _, bad, _ in found),
-            next((error for _, _, error in found if error), ""),
+            {index: joined[index].cosines[index] for index in sorted(joined)},
+            {index: joined[index].captions[index] for index in sorted(joined)},
+            sum(part.unreadable for part in found),
+            next((part.error for part in found if part.error), ""),
             self.shown,
         )
+
+    @property
+    def prompts(self) -> list[str]:
+        """One of each image, in the order of the source."""
+        return [self.captions[index] for index in sorted(self.captions)]
 
 
 def clip_score(cosines: Sequence[float]) -> float:
@@ -164,9 +172,11 @@ def score_images(
 
     examples = ordered_map(look, islice(source.deferred(0, total), rank, None, world), workers)
     length = None if total == sys.maxsize else math.ceil((total - rank) / world)
-    with progress("comparing with prompts", length) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress("comparing with prompts", length)) if rank == 0 else None
         while batch := list(islice(examples, batch_size)):
-            bar.advance(len(batch))
+            if bar is not None:
+                bar.advance(len(batch))
             _note(found, [example for example, pixels in batch if pixels is None])
             good = [(example, pixels) for example, pixels in batch if pixels is not None]
             if not good:
@@ -176,7 +186,7 @@ def score_images(
             texts = judge.clip.texts([example.caption for example, _ in good])  # [B, D]
             cosines = (judge.clip.images(pictures) * texts).sum(dim=1).double().tolist()
             for (example, _), cosine in zip(good, cosines, strict=True):
-                found.cosines[example.index] = cosine
+                found.cosines[example.index], found.captions[example.index] = cosine, example.caption
                 if len(found.shown) < shown and example.image is not None:
                     found.shown.append((example.image, example.caption, cosine))
     return found
