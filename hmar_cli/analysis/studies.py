@@ -158,7 +158,8 @@ def draw_curves(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "Fig
                 error = [each.cells.get(f"{column} ±") for each in points]
                 spread = None if None in error else error
                 _line(axes, values, [each.cells[column] for each in points], name, spread)
-            _doubling_axis(axes, setting)
+            if setting.endswith("steps"):
+                _doubling_axis(axes, [each.trial.value for each in outcomes if each.trial.varied == setting])
             axes.legend(fontsize=7)
     return figure
 
@@ -179,13 +180,13 @@ def _axis(setting: str, outcomes: Sequence[Outcome]) -> str:
     return text
 
 
-def _doubling_axis(axes: "Axes", setting: str) -> None:
-    """Steps on a logarithmic axis with plain numbers."""
-    if "steps" in setting:
-        from matplotlib.ticker import ScalarFormatter
+def _doubling_axis(axes: "Axes", values: Sequence[Any]) -> None:
+    """Numbers of steps on a logarithmic axis, each named."""
+    from matplotlib.ticker import NullLocator
 
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def draw_refinement(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "Figure":
@@ -215,6 +216,8 @@ def draw_refinement(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> 
 
 def draw_speed(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "Figure":
     """The metric against seconds an image, a line a model and setting, each point with its value (Hi-MAR, Fig. 3)."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     job, device = outcomes[0].trial.job, outcomes[0].about["device"]
     figure = new_figure(5.2, 3.4 * len(columns))
     for y, (column, better) in enumerate(columns.items()):
@@ -222,6 +225,10 @@ def draw_speed(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "Figu
         place = f"seconds per image (batch {job.batch_size}, {device})"
         dress_axes(axes, "", place, f"{column} ({better})")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(y=0.12)
         for name, own in _by_model(outcomes).items():
             for setting in dict.fromkeys(each.trial.varied for each in own):
                 points = [each for each in own if each.trial.varied == setting and each.cells[SECONDS]]
@@ -239,26 +246,41 @@ def draw_speed(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "Figu
 def draw_ablation(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "Figure":
     """A bar a model with its number, of several trials their mean and each as a dot; a panel a metric."""
     models = _by_model(outcomes)
-    found, names = spreads(outcomes, list(columns)), list(models)
-    figure = new_figure(2.2 + 3.4 * len(columns), 0.9 + 0.42 * len(names))
-    for x, (column, better) in enumerate(columns.items()):
-        axes = figure.add_subplot(1, len(columns), x + 1)
-        dress_axes(axes, "", f"{column} ({better})", "")
-        means = [found[name][column]["mean"] for name in names]
+    panels = {
+        f"{column} ({better})": [[float(each.cells[column] or 0) for each in own] for own in models.values()]
+        for column, better in columns.items()
+    }
+    return draw_bars(list(models), panels)
+
+
+def draw_bars(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]]) -> "Figure":
+    """A bar for each name, as long as the mean of its values and with a dot for each where there are several.
+
+    Args:
+        names: of the bars, from top to bottom.
+        panels: by what they are called, their values for each name; an empty list leaves its bar out.
+    """
+    figure = new_figure(2.2 + 3.4 * len(panels), 1.0 + 0.42 * len(names))
+    for x, (title, several) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), x + 1)
+        dress_axes(axes, "", title, "")
+        means = [mean(values) if values else math.nan for values in several]
         bars = axes.barh(range(len(names)), means, height=0.6, color="#9db8d9")
-        for place, name in enumerate(names):
-            values = [float(each.cells[column] or 0) for each in models[name]]
+        for place, values in enumerate(several):
             if len(values) > 1:
                 axes.plot(values, [place] * len(values), "o", color="#1f4e79", markersize=3)
-        axes.bar_label(bars, [f"{value:.4g}" for value in means], fontsize=7, padding=4)
+        axes.bar_label(
+            bars, ["" if math.isnan(each) else f"{each:.4g}" for each in means], fontsize=7, padding=4
+        )
         axes.set_yticks(range(len(names)), names if x == 0 else [""] * len(names))
-        axes.invert_yaxis()
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.margins(x=0.18)
     return figure
 
 
 def ablation_row(outcome: Outcome) -> Row:
     """The row of an outcome, with what tells its model apart."""
-    row = dict(outcome.row)
-    about = describe_model(outcome.trial.candidate.checkpoint.recipe)
-    return {"model": row.pop("model"), **about, **row}
+    trial = outcome.trial
+    seed: dict[str, Cell] = {trial.varied: trial.value} if trial.varied else {}
+    about = describe_model(trial.candidate.checkpoint.recipe)
+    return {"model": trial.candidate.name, **about, **seed, **outcome.cells}

@@ -37,7 +37,7 @@ from hmar_cli.models.scales import Side
 from hmar_cli.report import save_png, to_uint8
 from hmar_cli.sampling.images import Job, generate, resolve_precision, select_attention
 
-SECONDS, RATE = "seconds per image", "images per second"
+SECONDS, RATE = "s/image", "images/s"
 """Cells of a row that say how fast its images were drawn, without the time of measuring them."""
 
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from hmar_cli.commands import analyze_next_scale, analyze_sweeps
+from hmar_cli.commands import analyze_next_scale, analyze_sweeps, analyze_tokenizers
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -11,3 +11,4 @@ app = typer.Typer(
 )
 analyze_next_scale.register(app)
 analyze_sweeps.register(app)
+analyze_tokenizers.register(app)
