@@ -24,8 +24,9 @@ Measure how well a model fills regions of pictures that it has never seen, as `h
 Of every picture of SOURCE, scaled and centre-cropped to the model's size, three regions are filled: `centre` (the
 middle half of each side), `half` (the right half) and `free-form` (random strokes). The original is the answer.
 PSNR within the region and the distance of a classifier's features between the filled picture and the original are
-means over pictures; `FD[...]` is the Fréchet distance of the set, `class` the share of pictures whose class the
-classifier still finds, and `seam` the mean step of colour across the region's edge, in levels of 0 to 255.
+means over pictures; `FID[...]` is the Fréchet distance of the set by the classifier's features, `class` the share of
+pictures whose class the classifier still finds, and `seam` the mean step of colour across the region's edge, in
+levels of 0 to 255.
 
 Beside the model stand what its tokenizer makes of the originals (no model can do much better), a smooth continuation
 of what is kept, its mean colour, and the same region of another picture (chance). Images and masks depend on SOURCE
@@ -113,6 +114,7 @@ def edits(
     from hmar_cli.builders import load_classifier, load_model
     from hmar_cli.data.sources import open_source
     from hmar_cli.evaluation.edits import measure_fills, read_held_out, yardsticks
+    from hmar_cli.evaluation.measures import metric_name
     from hmar_cli.pictures.painter import ModelPainter, without_condition
     from hmar_cli.sampling.editing import model_size
 
@@ -147,7 +149,7 @@ def edits(
     )
     if grid:
         save_grid(report, held_out, seed, grid)
-    name = f"FD[{judge.recipe.name}]-{len(held_out.pixels)}"
+    name = metric_name("fid", judge.recipe.name, len(held_out.pixels))
     if not as_json:
         print_report(name, report, held_out)
         return

@@ -250,7 +250,8 @@ def _open_clip(text: str, device: torch.device, weights: Path | None) -> Extract
         model = Clip.from_pretrained(tower, tag, weights)
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         raise UserError(f"extractor open_clip:{text}: {error}", CLIP_HINT) from error
-    network = model.network.visual.to(device)  # type: ignore[union-attr]
+    network: Any = model.network.visual
+    network.to(device)
 
     def look(pixels: Tensor) -> Features:
         pictures = [Image.fromarray(each) for each in pixels.permute(0, 2, 3, 1).cpu().numpy()]

@@ -71,18 +71,27 @@ def needs_reference(metrics: Sequence[str]) -> bool:
     return not set(metrics) <= WITHOUT_REFERENCE
 
 
-def metric_name(metric: str, extractor: Extractor | Observations, count: int) -> str:
+def metric_name(metric: str, extractor: Extractor | Observations | str, count: int) -> str:
     """What a number is called: "FID-50k", "FID-2k", "FID-12345", "FID[classifier-cifar10]-10k".
 
     Only with the published Inception does a metric bear its plain name, and never without the number of images.
+
+    Args:
+        metric: of `METRICS`.
+        extractor: what looked at the images; a text is the name of one that is not the published Inception.
+        count: of the generated images.
 
     Raises:
         ValueError: an unknown metric.
     """
     if metric not in NAMES:
         raise ValueError(f"expected a metric of {METRICS}, got {metric!r}")
-    name = extractor.name if isinstance(extractor, Extractor) else extractor.extractor_name
-    of = "" if extractor.standard else f"[{name}]"
+    if isinstance(extractor, str):
+        name, standard = extractor, False
+    else:
+        name = extractor.name if isinstance(extractor, Extractor) else extractor.extractor_name
+        standard = extractor.standard
+    of = "" if standard else f"[{name}]"
     images = f"{count // 1000}k" if count and count % 1000 == 0 else str(count)
     return f"{NAMES[metric]}{of}-{images}"
 

@@ -94,7 +94,7 @@ def test_every_family(world: Path, name: str) -> None:
     assert [row["mask"] for row in found["rows"]] == [
         m for m in ("centre", "half", "free-form") for _ in FILLS
     ]
-    assert found["metric"] == "FD[classifier-tiny]-5" and found["count"] == 5 and found["labels"] == "given"
+    assert found["metric"] == "FID[classifier-tiny]-5" and found["count"] == 5 and found["labels"] == "given"
     assert found["region"]["centre"] == 0.25 and found["region"]["half"] == 0.5
     for row in found["rows"]:
         assert 0 < row["psnr"] < 60 and row["distance"] > 0 and row["frechet"] >= 0
@@ -167,7 +167,7 @@ def test_a_table_and_a_grid(world: Path, tmp_path: Path) -> None:
     result = measure(world, "himar", "--grid", tmp_path / "grid.png", "--shown", 2)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert "FD[classifier-tiny]-5" in lines[0] and len(lines) == 1 + 3 * len(FILLS) + 3
+    assert "FID[classifier-tiny]-5" in lines[0] and len(lines) == 1 + 3 * len(FILLS) + 3
     assert lines[1].startswith("centre     model ") and lines[-3].startswith(f"5 images of {SOURCE}")
     with Image.open(tmp_path / "grid.png") as image:
         assert image.width == (2 + len(FILLS)) * (128 + 6) - 6 and image.height > 6 * 128

@@ -208,6 +208,7 @@ def test_names_say_the_number_of_images_and_the_extractor() -> None:
     assert metric_name("is", published, 12_345) == "IS-12345"
     assert metric_name("kid", published, 0) == "KID-0"
     assert metric_name("fid", toy, 10_000) == "FID[classifier-cifar10]-10k"
+    assert metric_name("fid", "inception", 50_000) == "FID[inception]-50k"  # a name alone proves nothing
     names = {metric_name(metric, each, 7) for metric in METRICS for each in (published, toy)}
     assert len(names) == 2 * len(METRICS) and "FID" not in names
     assert set(NAMES) == set(METRICS)
