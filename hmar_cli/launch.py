@@ -115,6 +115,14 @@ def join_processes(device: str = "") -> Place:
     return Place(place, state.process_index, state.num_processes)
 
 
+def leave_processes() -> None:
+    """Part from the other processes, where there are any; nothing can be exchanged with them any more."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def _launch(processes: int, on_cpu: bool, command: list[str]) -> int:
     """Start the processes, wait for them, and return the exit code of the first that failed, else 0."""
     import logging

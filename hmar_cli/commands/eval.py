@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from hmar_cli.commands import eval_compare, eval_edits, eval_prompts, eval_samples, eval_tokenizer
+from hmar_cli.commands import (
+    eval_compare,
+    eval_compbench,
+    eval_edits,
+    eval_prompts,
+    eval_samples,
+    eval_tokenizer,
+)
 from hmar_cli.errors import UserError
 
 app = typer.Typer(
@@ -81,5 +88,5 @@ def scene_prompts(
     print("\n".join(prompts(count, seed=seed, split=chosen)))
 
 
-for module in (eval_samples, eval_tokenizer, eval_prompts, eval_compare, eval_edits):
+for module in (eval_samples, eval_tokenizer, eval_prompts, eval_compbench, eval_compare, eval_edits):
     module.register(app)

@@ -60,7 +60,7 @@ def prompts(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure images; the help text is `EXAMPLES`."""
-    from hmar_cli.launch import check_device, delegate, join_processes
+    from hmar_cli.launch import check_device, delegate, join_processes, leave_processes
 
     check_device(device)
     delegate(launch, device)
@@ -79,6 +79,7 @@ def prompts(
         shown=SHOWN if picture else 0,
         share=(place.rank, place.world),
     ).gather()
+    leave_processes()
     if place.rank:
         return
     if not scores.cosines:

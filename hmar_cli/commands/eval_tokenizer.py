@@ -81,7 +81,7 @@ def tokenizer(
 ) -> None:
     """Measure a tokenizer; the help text is `EXAMPLES`."""
     from hmar_cli.builders import find_tokenizer
-    from hmar_cli.launch import check_device, delegate, join_processes
+    from hmar_cli.launch import check_device, delegate, join_processes, leave_processes
 
     check_device(device)
     if preset:
@@ -110,6 +110,7 @@ def tokenizer(
     frames.count, frames.batch_size, frames.share = count, batch_size, (place.rank, place.world)
     picture = grid or (out.with_suffix(".png") if out else None)
     found = measure(source, frames, judge, place.device, shown if picture else 0)
+    leave_processes()
     if place.rank:
         return
     if preset and found.count < PRESET_COUNT:

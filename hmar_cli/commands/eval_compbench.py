@@ -1,0 +1,250 @@
+"""`hmar eval compbench`: images for T2I-CompBench, and what can be measured of them here."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hmar_cli.commands import drawing
+from hmar_cli.commands.eval_prompts import ClipWeights
+from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from hmar_cli.commands.drawing import Order
+    from hmar_cli.evaluation.compbench import Category
+    from hmar_cli.evaluation.prompts import ClipJudge, PromptScores
+    from hmar_cli.evaluation.reports import Measured, Report
+
+EXAMPLES = """
+Draw the images of T2I-CompBench (Huang et al. 2023) in the layout that its own evaluators read, and measure what can
+be measured without them.
+
+PROMPTS is its folder `examples/dataset`, or any other with files `CATEGORY_val.txt`, a prompt a line. Images of a
+category lie in `OUT/CATEGORY/samples/PROMPT_INDEX.png`, ten of a prompt as in the paper, and `OUT/CATEGORY` is what
+its evaluators take: BLIP-VQA for color, shape and texture, UniDet for spatial and numeracy, the 3-in-1 script for
+complex. They need packages and weights of their own, and are not run here.
+
+Here every category gets its mean cosine by CLIP; with `ViT-B-32/openai`, the default, that of `non_spatial` is the
+benchmark's own number. `--clip none` leaves it out. Where all prompts of a category are those of `builtin:scenes`,
+the judge of `hmar eval scenes` counts right colours, shapes and places.
+
+A run that was interrupted goes on where it stopped.
+
+**Examples**
+
+- `hmar eval compbench runs/himar-coco T2I-CompBench/examples/dataset --out compbench --launch 8`
+- `hmar eval compbench runs/himar-coco T2I-CompBench/examples/dataset --categories color,non_spatial --dry-run`
+- `hmar eval scene-prompts 300 --split test > prompts/scenes_val.txt`
+- `hmar eval compbench runs/himar-scenes prompts --clip none --per-prompt 4 --out compbench-scenes`
+"""
+
+NONE = "none"
+"""`--clip` of no CLIP."""
+
+DRAWN = "drawn"
+"""Folder of the images as they are drawn."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `hmar eval`."""
+    app.command("compbench", help=EXAMPLES)(compbench)
+
+
+def compbench(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint or run of a text model.", show_default=False)
+    ],
+    prompts: Annotated[Path, typer.Argument(help="Folder of *_val.txt.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for images and report.")] = Path("compbench"),
+    categories: Annotated[str, typer.Option(help="Such as color,spatial. [default: all files]")] = "",
+    per_prompt: Annotated[int, typer.Option(min=1, help="Images of a prompt.")] = 10,
+    limit: Annotated[int, typer.Option(min=0, help="Of each category's first prompts; 0 is all.")] = 0,
+    clip: Annotated[str, typer.Option(help="Model of open_clip: TOWER/TAG, or none.")] = "ViT-B-32/openai",
+    clip_weights: ClipWeights = None,
+    text_weights: drawing.TextWeights = None,
+    seed: drawing.Seed = 0,
+    cfg: drawing.Cfg = None,
+    steps: drawing.Steps = None,
+    pivot_steps: drawing.PivotSteps = None,
+    pivot_cfg: drawing.PivotCfg = None,
+    cfg_schedule: drawing.CfgSchedule = None,
+    pivot_cfg_schedule: drawing.PivotCfgSchedule = None,
+    temperature: drawing.Temperature = None,
+    head_sampler: drawing.HeadSampler = None,
+    head_steps: drawing.HeadSteps = None,
+    pivot_head_steps: drawing.PivotHeadSteps = None,
+    batch_size: drawing.BatchSize = 0,
+    weights: drawing.Weights = "",
+    tokenizer: drawing.Tokenizer = None,
+    device: drawing.Device = "",
+    precision: drawing.Precision = "auto",
+    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be drawn, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Draw and measure; the help text is `EXAMPLES`."""
+    flags = {"top_k": None, "top_p": None, "refine_cfg": None, "schedule": "recipe", **locals()}
+    given = drawing.given_settings(flags)
+    from hmar_cli.evaluation.compbench import all_prompts, read_categories
+    from hmar_cli.launch import check_device, delegate
+
+    check_device(device)
+    chosen = [part.strip() for part in categories.split(",") if part.strip()]
+    groups = read_categories(prompts, chosen, limit)
+    order = drawing.place_order(
+        checkpoint,
+        given,
+        labels="",
+        prompts=all_prompts(groups),
+        text_weights=text_weights,
+        count=per_prompt * len(all_prompts(groups)),
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+        weights=weights,
+        tokenizer=tokenizer,
+    )
+    if dry_run:
+        print(json.dumps(planned(order, groups, per_prompt, out), indent=2, ensure_ascii=False))
+        return
+    delegate(launch, device)
+    report = draw_and_measure(order, groups, per_prompt, out, clip, clip_weights, device)
+    if report is not None:
+        publish(report, out, as_json)
+
+
+def planned(order: "Order", groups: "list[Category]", per_prompt: int, out: Path) -> dict[str, Any]:
+    """What would be drawn."""
+    from dataclasses import asdict
+
+    return {
+        "checkpoint": str(order.checkpoint.folder),
+        "categories": {group.name: len(group.prompts) for group in groups},
+        "per_prompt": per_prompt,
+        "images": order.count,
+        "folders": [str(out / group.name / "samples") for group in groups],
+        "sampling": {**asdict(order.settings), "seed": order.seed},
+    }
+
+
+def draw_and_measure(
+    order: "Order",
+    groups: "list[Category]",
+    per_prompt: int,
+    out: Path,
+    clip: str,
+    clip_weights: Path | None,
+    device: str,
+) -> "Report | None":
+    """Draw on all processes, compare with the prompts, and lay the images out; the report in the first process.
+
+    The judge is loaded before anything is drawn, so that nothing is drawn in vain.
+    """
+    from hmar_cli.commands.subjects import drawn_images
+    from hmar_cli.data.samples import read_samples
+    from hmar_cli.evaluation.compbench import by_category, lay_out
+    from hmar_cli.evaluation.prompts import PromptScores, open_judge, score_images
+    from hmar_cli.launch import join_processes, leave_processes
+
+    place = join_processes(device)
+    judge = None if clip == NONE else open_judge(clip, clip_weights, place.device)
+    with drawn_images(order, out / DRAWN, device) as subject:
+        scores = PromptScores()
+        if judge is not None:
+            share = (place.rank, place.world)
+            scores = score_images(judge, subject.source, count=order.count, share=share).gather()
+    leave_processes()
+    if place.rank:
+        return None
+    if scores.unreadable:
+        raise UserError(
+            f"an image of {out / DRAWN} cannot be read: {scores.error}", "delete it and run again"
+        )
+    _, paths = read_samples(out / DRAWN)
+    images = by_category(paths[: order.count], groups, per_prompt)
+    lay_out(images, groups, out)
+    return make_report(order, groups, per_prompt, judge, scores, images, {**subject.about}, place.world)
+
+
+def make_report(
+    order: "Order",
+    groups: "list[Category]",
+    per_prompt: int,
+    judge: "ClipJudge | None",
+    scores: "PromptScores",
+    images: dict[str, list[Path]],
+    subject: dict[str, Any],
+    processes: int,
+) -> "Report":
+    """What was measured of each category."""
+    import hashlib
+
+    from hmar_cli.commands.eval_prompts import measured
+    from hmar_cli.commands.evaluating import versions
+    from hmar_cli.evaluation.compbench import all_prompts, by_category
+    from hmar_cli.evaluation.reports import Report
+
+    metrics: dict[str, Measured] = {}
+    if judge is not None:
+        cosines = by_category([scores.cosines[i] for i in range(order.count)], groups, per_prompt)
+        for name, values in cosines.items():
+            metrics[f"{name}.clip_cosine"] = measured(judge, values)["clip_cosine"]
+    for group in groups:
+        metrics |= judged_scenes(group, images[group.name], per_prompt)
+    text = "\n".join(all_prompts(groups))
+    settings = {
+        "measures": "compbench",
+        "clip": judge and judge.describe(),
+        "categories": {group.name: len(group.prompts) for group in groups},
+        "per_prompt": per_prompt,
+        "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    made_with = {"processes": processes, "versions": versions()}
+    return Report(metrics, settings, subject, {"clip_weights": (judge and judge.file) or None}, made_with)
+
+
+def judged_scenes(group: "Category", paths: list[Path], per_prompt: int) -> "dict[str, Measured]":
+    """Shares of right colours, shapes and places, where all prompts are those of `builtin:scenes`; else nothing."""
+    from hmar_cli.data.scenes import parse
+    from hmar_cli.evaluation.reports import Measured
+    from hmar_cli.evaluation.scenes import judge_images, summary
+
+    try:
+        for prompt in group.prompts:
+            parse(prompt)
+    except ValueError:
+        return {}
+    asked = [prompt for prompt in group.prompts for _ in range(per_prompt)]
+    rows = summary(judge_images(paths, asked))
+    return {
+        f"{group.name}.{part}": Measured(
+            f"{part} right", row["share"], more={"low": row["low"], "high": row["high"]}
+        )
+        for part, row in rows.items()
+    }
+
+
+def publish(report: "Report", out: Path, as_json: bool) -> None:
+    """Write the report and print it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hmar_cli.console import console
+
+    report.save(out / "report.json")
+    names = report.settings["categories"]
+    console.print(f"images: {out}/CATEGORY/samples; report: {out / 'report.json'}", highlight=False)
+    if as_json:
+        print(json.dumps(report.describe(), indent=2, ensure_ascii=False))
+        return
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("category", "prompts", "images", "measured here", ""):
+        table.add_column(title, justify="right" if title in ("prompts", "images", "") else "left")
+    for name, count in names.items():
+        rows = [number for key, number in report.metrics.items() if key.startswith(f"{name}.")]
+        head = (name, str(count), str(count * report.settings["per_prompt"]))
+        for place, number in enumerate(rows or [None]):
+            cells = (number.name, str(number)) if number else ("nothing", "")
+            table.add_row(*(head if not place else ("", "", "")), *cells)
+    Console(highlight=False).print(table)
