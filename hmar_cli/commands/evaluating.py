@@ -91,9 +91,7 @@ def evaluate(
     network = open_extractor(plan.extractor, place.device, plan.weights)
     if not plan.metrics and not network.class_names:
         raise UserError(f"nothing to measure with {network.name}", "give --reference SOURCE, or --metrics is")
-    statistics = None
-    if is_statistics(Path(plan.reference)) and not place.rank:
-        statistics = read_reference(Path(plan.reference), network, plan.metrics, plan.batch_size)
+    real = early_reference(plan, network, place.rank)
     looking = {"metrics": plan.metrics, "crop": plan.crop, "batch_size": plan.batch_size}
     with contextlib.ExitStack() as stack:
         if order is None:
@@ -105,15 +103,27 @@ def evaluate(
             images.source, network, size=plan.size, count=plan.count, shown=SHOWN if grid else 0, **looking
         )
         require_count(plan, found.count)
-        real = statistics
         if plan.reference and not is_statistics(Path(plan.reference)):
-            reference = open_source(plan.reference, size=found.size)
+            reference = open_source(plan.reference, size=found.size)  # drawn ones at the size of the images
             title = "looking at the reference"
             real = observe_together(reference, network, size=found.size, title=title, **looking)
         report = None if place.rank else conclude(images, found, real, network, plan, grid, place)
     if place.world > 1:
         torch.distributed.destroy_process_group()
     return report
+
+
+def early_reference(plan: Plan, network: Extractor, rank: int) -> Observations | None:
+    """Statistics of the reference, which the first process alone reads; of images only see that they are there.
+
+    Raises:
+        UserError: nothing there, or statistics that do not fit the extractor and the metrics.
+    """
+    if not is_statistics(Path(plan.reference)):
+        if plan.reference:
+            open_source(plan.reference)
+        return None
+    return None if rank else read_reference(Path(plan.reference), network, plan.metrics, plan.batch_size)
 
 
 def require_count(plan: Plan, count: int | None) -> None:
@@ -196,8 +206,8 @@ def as_number(name: str, value: Any) -> Measured:
 
 def versions() -> dict[str, str]:
     """Of all that the numbers pass through."""
-    packages = ("torch", "torch-fidelity", "pillow", "numpy")
-    ours = {"hmar-cli": __version__, "python": platform.python_version()}
+    packages = ("torch-fidelity", "pillow", "numpy")
+    ours = {"hmar-cli": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return ours | {name: version(name) for name in packages}
 
 
