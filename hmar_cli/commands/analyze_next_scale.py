@@ -543,6 +543,7 @@ def weighting_quality(
         values=lambda recipe, schedule: {},
         draw=studies.draw_ablation,
         base="always",
+        row=lambda outcome: {key: value for key, value in outcome.row.items() if value not in ("", None)},
     )
     chosen = sweeping.rows_to_train(weighted(recipe, only, train_set or []), train_seeds, runs)
     sweeping.train_and_measure(study, chosen, data, flags)
