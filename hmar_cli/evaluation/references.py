@@ -28,7 +28,7 @@ from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.frechet import FeatureStatistics
 from hmar_cli.evaluation.inception import PUBLISHED
-from hmar_cli.evaluation.observing import NEEDS_FEATURES, Observations, observe_together
+from hmar_cli.evaluation.observing import NEEDS_FEATURES, Observations, observe, observe_together
 from hmar_cli.files import atomic_file, file_sha256
 from hmar_cli.models.scales import Side
 
@@ -85,7 +85,8 @@ def read_reference(
 ) -> Observations:
     """Read statistics of real images.
 
-    ADM's files come without features: where a metric needs them, the extractor looks at the images that they hold.
+    ADM's files come without features: where a metric needs them, the extractor looks at the images that they hold, in
+    this process alone.
 
     Args:
         path: the `.npz` file.
@@ -117,7 +118,7 @@ def read_reference(
                 f"{path} holds no features of single images, which {needed[0]} needs",
                 f"leave {needed[0]} out, or make it again with that metric",
             )
-        looked = observe_together(
+        looked = observe(
             open_arrays(path),
             extractor,
             metrics=needed,
