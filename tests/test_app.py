@@ -36,7 +36,7 @@ def test_wrong_flags(arguments: list[str], message: str, command: str) -> None:
     assert hint == f"hint: `{command} --help` shows every flag, with examples"
 
 
-@pytest.mark.parametrize("arguments", [[], ["recipes"], ["checkpoint"], ["eval"]])
+@pytest.mark.parametrize("arguments", [[], ["recipes"], ["checkpoint"], ["eval"], ["analyze"]])
 def test_without_arguments_there_is_help(arguments: list[str]) -> None:
     result = hmar(*arguments)
     assert "Usage: " in result.stdout and "Commands" in result.stdout
