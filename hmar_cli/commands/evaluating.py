@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from hmar_cli.commands.drawing import Order
 
 SHOWN = 64
-"""Images in a grid, the first ones."""
+"""Images in a grid, the first ones; a quarter of them where they are larger than `LARGE` pixels."""
+
+LARGE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +169,9 @@ def conclude(
         save_statistics(found, plan.make_stats, {"subject": images.about})
         console.print(f"statistics of {found.count} images in {plan.make_stats}", highlight=False)
     if grid:
-        save_png(image_grid(found.shown), grid)
-        console.print(f"the first {len(found.shown)} images in {grid}", highlight=False)
+        shown = found.shown if max(found.size or (0,)) <= LARGE else found.shown[: SHOWN // 4]
+        save_png(image_grid(shown), grid)
+        console.print(f"the first {len(shown)} images in {grid}", highlight=False)
     return Report(
         metrics=numbers,
         settings={
