@@ -252,7 +252,7 @@ def precision_recall(generated: Tensor, real: Tensor, protocol: Protocol) -> dic
     """Improved precision and recall (Kynkäänniemi et al. 2019) by torch-fidelity.
 
     Precision is the share of generated images within the balls of real ones, recall the share of real images within
-    the balls of generated ones. torch-fidelity takes the generated set first; in betas before 0.4.0 it was the second.
+    the balls of generated ones. torch-fidelity takes the generated set first; betas before 0.4.0 took it second.
 
     Args:
         generated: [N, F].

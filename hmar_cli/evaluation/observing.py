@@ -59,7 +59,7 @@ class Observations:
         error: why the first of them could not.
         shown: the first images [H, W, 3], at most `showing`.
         showing: how many of them were asked for.
-        seconds: that looking took.
+        seconds: that looking took, with whatever made the images meanwhile.
         indices: [N] int64, places of the measured images in the set; their order is that of the features.
         digests: SHA-256 of each of them.
     """
@@ -175,7 +175,7 @@ def observe(
         threads = workers or min(16, os.cpu_count() or 1)
         batches = _batches_of_source(source, total, batch_size, threads, looking.prepare, share)
     else:
-        looking.name_classes(labels or ())
+        looking.name_classes(tuple(dict.fromkeys(labels or ())))
         looking.found.source = name
         total = count or sys.maxsize
         mine = None if share[1] > 1 or not count else count
@@ -284,9 +284,17 @@ class _Looking:
         self.indices: list[int] = []
 
     def name_classes(self, names: Sequence[str]) -> None:
-        """Say which classes the set has."""
-        places = {name: place for place, name in enumerate(self.extractor.class_names)}
-        self.labels = [places.get(name, -1) for name in dict.fromkeys(names)]
+        """Say which classes the set has.
+
+        A name that several classes share, as two of ImageNet's are called crane, is of use only where the extractor has
+        the very same list.
+        """
+        ours = self.extractor.class_names
+        if tuple(names) == ours:
+            self.labels = list(range(len(ours)))
+        else:
+            places = {name: place if ours.count(name) == 1 else -1 for place, name in enumerate(ours)}
+            self.labels = [places.get(name, -1) for name in names]
         self.found.labelled = bool(self.labels) and min(self.labels) >= 0
 
     def prepare(self, index: int, label: int, image: Image.Image) -> _Prepared:

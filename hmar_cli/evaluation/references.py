@@ -34,6 +34,9 @@ from hmar_cli.models.scales import Side
 
 FORMAT, VERSION = "hmar statistics", 1
 
+ARRAYS = frozenset({"mu", "sigma", "mu_s", "sigma_s", "features", "about"})
+"""What is read at once."""
+
 UNSAID = 2
 """Images that stand for a number which a file does not say; no distance depends on it."""
 
@@ -97,7 +100,8 @@ def read_reference(
     Raises:
         UserError: no such file, another format, statistics by another extractor, or without what a metric needs.
     """
-    arrays, record = _read(path)
+    needed = [each for each in metrics if each in NEEDS_FEATURES]
+    arrays, record = _read(path, ARRAYS if needed else ARRAYS - {"features"})
     try:
         found = _observations(path, arrays, record, extractor)
     except (ValueError, KeyError, TypeError) as error:
@@ -112,7 +116,7 @@ def read_reference(
         raise UserError(
             f"{path} has no mu_s and sigma_s, which sfid needs", "leave sfid out, or make it again"
         )
-    if (needed := [each for each in metrics if each in NEEDS_FEATURES]) and found.features is None:
+    if needed and found.features is None:
         if "arr_0" not in arrays:
             raise UserError(
                 f"{path} holds no features of single images, which {needed[0]} needs",
@@ -168,13 +172,13 @@ def open_reference(
     return found
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays by their names (of ADM's images only the name), and the record."""
+def _read(path: Path, wanted: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays by their names, None for those that are not wanted, such as ADM's images; and the record."""
     if not path.is_file():
         raise UserError(f"no file {path}", _hint())
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: None if name == "arr_0" else file[name] for name in file.files}
+            arrays = {name: file[name] if name in wanted else None for name in file.files}
         record = json.loads(str(arrays["about"])) if "about" in arrays else {}
     except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {path} as statistics: {error}", _hint()) from error

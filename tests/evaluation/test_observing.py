@@ -163,6 +163,10 @@ def test_accuracy_counts_images_of_their_own_class() -> None:
     for unknown in (Shown(list(images)), Shown(list(images), names=("red", "pink"))):
         assert not observe(unknown, extractor).labelled
     assert not observe([tensor(images)], extractor).labelled
+    twins = ("crane", "green", "crane", "grey")  # as ImageNet has them: a bird, and a machine
+    judge = toy_extractor(class_names=twins)
+    assert observe(Shown(list(images), labels, twins), judge).right == 8
+    assert not observe(Shown(list(images), names=("green", "crane")), judge).labelled
     assert "accuracy" not in observe(source, toy_extractor()).describe()
 
 
