@@ -27,6 +27,7 @@ from hmar_cli.analysis.results import Cell, Row
 from hmar_cli.builders import Model, Tokenizer, load_model
 from hmar_cli.checkpoints.store import Checkpoint
 from hmar_cli.data.transforms import Crop, Pixels
+from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.measures import HIGHER_IS_BETTER, measure, metric_name
 from hmar_cli.evaluation.observing import Observations, gather, observe
@@ -139,7 +140,7 @@ class Judge:
             if isinstance(value, dict):
                 cells[f"{name} ±"] = value["std"]
         if found.labelled:
-            cells["accuracy"] = found.right / found.count
+            cells[f"Accuracy[{self.extractor.name}]"] = found.right / found.count
         return cells
 
 
@@ -248,10 +249,15 @@ class Kept:
         Raises:
             UserError: the file is broken.
         """
-        found = read_json(self.path)
-        with Image.open(self.path.with_suffix(".png")) as strip:
-            tiles = np.split(np.asarray(strip), found["images"], axis=1)
-        return found["cells"], np.stack(tiles)
+        try:
+            found = read_json(self.path)
+            with Image.open(self.path.with_suffix(".png")) as strip:
+                tiles = np.split(np.asarray(strip), found["images"], axis=1)
+            return dict(found["cells"]), np.stack(tiles)
+        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.path} is broken: {error}", "delete it: what it held is measured again"
+            ) from error
 
 
 @dataclass

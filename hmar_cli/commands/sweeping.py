@@ -198,43 +198,47 @@ def plan(study: Study, chosen: Sequence[Entry], flags: Flags) -> "list[Trial]":
     Raises:
         UserError: a setting that no model has, a value that one cannot follow, or a model that has nothing to vary.
     """
-    from hmar_cli.analysis.sweep import Candidate, Trial
-
     fixed, varied = pairs("--set", flags.overrides), pairs("--vary", flags.vary)
-    prompts = drawing.read_prompts([], flags.prompt_file)
-    trials, known = [], set[str]()
-    for entry in chosen:
-        order = drawing.place_order(
-            entry.path,
-            {},
-            labels=flags.labels,
-            prompts=prompts,
-            text_weights=flags.text_weights,
-            count=flags.count,
-            seed=flags.seed,
-            batch_size=flags.batch_size,
-            precision=flags.precision,
-            weights=flags.weights,
-            tokenizer=flags.tokenizer,
-        )
-        opened = order.checkpoint
-        known |= settings_of(opened.recipe)
-        candidate = Candidate(
-            name=entry.name, checkpoint=opened, weights=flags.weights, tokenizer=flags.tokenizer
-        )
-        base = Trial(
-            candidate=candidate,
-            varied=entry.varied,
-            value=entry.value,
-            job=order.job(),
-            labels=tuple(opened.class_names[c] for c in order.classes),
-        )
-        trials += vary(study, base, fixed, varied)
+    bases = [basis(entry, flags) for entry in chosen]
+    known = set[str]().union(*(settings_of(each.candidate.checkpoint.recipe) for each in bases))
     if unknown := [key for key in {**fixed, **varied} if key not in known]:
         raise UserError(
             f"none of these models has a setting {unknown[0]!r}", f"they have {', '.join(sorted(known))}"
         )
-    return trials
+    return [trial for base in bases for trial in vary(study, base, fixed, varied)]
+
+
+def basis(entry: Entry, flags: Flags) -> "Trial":
+    """The trial of a model as its recipe says.
+
+    Raises:
+        UserError: no such checkpoint, or labels or prompts that it cannot follow.
+    """
+    from hmar_cli.analysis.sweep import Candidate, Trial
+
+    order = drawing.place_order(
+        entry.path,
+        {},
+        labels=flags.labels,
+        prompts=drawing.read_prompts([], flags.prompt_file),
+        text_weights=flags.text_weights,
+        count=flags.count,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+        precision=flags.precision,
+        weights=flags.weights,
+        tokenizer=flags.tokenizer,
+    )
+    opened = order.checkpoint
+    return Trial(
+        candidate=Candidate(
+            name=entry.name, checkpoint=opened, weights=flags.weights, tokenizer=flags.tokenizer
+        ),
+        varied=entry.varied,
+        value=entry.value,
+        job=order.job(),
+        labels=tuple(opened.class_names[c] for c in order.classes),
+    )
 
 
 def vary(study: Study, base: "Trial", fixed: Mapping[str, str], varied: Mapping[str, str]) -> "list[Trial]":

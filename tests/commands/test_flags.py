@@ -1,0 +1,42 @@
+"""Groups of flags: a dataclass stands for one flag a field."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.testing import CliRunner
+
+from hmar_cli.commands.flags import with_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """Two flags."""
+
+    size: Annotated[int, typer.Option(min=1, help="Of something.")]
+    names: Annotated[list[str] | None, typer.Option("--name")] = None
+
+
+def invoke(*arguments: str) -> Any:
+    app = typer.Typer()
+
+    @app.command()
+    @with_flags
+    def command(what: Annotated[str, typer.Argument()], shared: Shared, fast: bool = False) -> None:
+        print(what, shared.size, shared.names, fast)
+
+    return CliRunner().invoke(app, arguments)
+
+
+def test_a_command_gets_its_groups_filled() -> None:
+    result = invoke("this", "--size", "3", "--name", "a", "--name", "b", "--fast")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "this 3 ['a', 'b'] True\n"
+    assert invoke("this", "--size", "3").stdout == "this 3 None False\n"
+
+
+def test_flags_of_a_group_are_checked_and_explained() -> None:
+    assert invoke("this").exit_code == 2  # --size has no default
+    assert invoke("this", "--size", "0").exit_code == 2
+    shown = invoke("--help").stdout
+    assert "--size" in shown and "Of something." in shown and "--shared" not in shown
