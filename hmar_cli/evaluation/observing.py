@@ -286,8 +286,8 @@ class _Looking:
     def name_classes(self, names: Sequence[str]) -> None:
         """Say which classes the set has.
 
-        A name that several classes share, as two of ImageNet's are called crane, is of use only where the extractor has
-        the very same list.
+        A name that several classes share, as two of ImageNet's are called crane, is of use only where the extractor
+        has the very same list.
         """
         ours = self.extractor.class_names
         if tuple(names) == ours:
