@@ -94,7 +94,9 @@ def load_subject(
             f"{path} is a MAR or Hi-MAR, which predicts no scales", "pass the checkpoint of a VAR or HMAR"
         )
     which = weights or ("ema" if "ema" in checkpoint.weights else "model")
-    return Subject(name, model.to(device), codec.to(device), checkpoint, which)
+    model = model.to(device)
+    model.select_attention(1, torch.float32, sampling=True)  # replaces what can run elsewhere only
+    return Subject(name, model, codec.to(device), checkpoint, which)
 
 
 def load_msvq(path: Path) -> tuple[MultiScaleVQ, Checkpoint]:

@@ -164,7 +164,8 @@ def measure_scales(
             mask = draw_masks(scales, range(part.start, part.stop), seed, share).to(subject.device)
             counted = torch.cat([mask.new_zeros(len(mask), scales.lengths[0]), mask], dim=1).float()
         logits = predict(subject, tokens, labels[part].to(subject.device), mask)  # [B, L, V]
-        entropy = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")  # [B, L]
+        # one long batch: over a transposed dimension the logits would be copied
+        entropy = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
         hits = (logits.argmax(dim=-1) == tokens).float()
         numbers.append(_per_scale(torch.stack([entropy, hits]), counted, scales).double().cpu())
     every = torch.cat(numbers, dim=1)  # [2, N, K]

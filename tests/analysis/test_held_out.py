@@ -19,6 +19,7 @@ from hmar_cli.analysis.held_out import (
     require_same_tokenizer,
     spread,
 )
+from hmar_cli.analysis.scales import predict
 from hmar_cli.app import app
 from hmar_cli.data.shapes import SHAPES
 from hmar_cli.data.sources import open_source
@@ -94,6 +95,16 @@ def test_a_model_draws_the_same_images_in_any_batch(load: Load) -> None:
     one, two = (draw_held_out(load("hmar"), count=5, seed=3, batch_size=size) for size in (2, 5))
     assert torch.equal(one.tokens, two.tokens) and one.classes == SHAPES[:5]
     assert not torch.equal(one.tokens, draw_held_out(load("hmar"), count=5, seed=4, batch_size=5).tokens)
+
+
+def test_attention_that_cannot_run_here_is_replaced(
+    tmp_path: Path, held_out: HeldOut, save_random: Callable[[Path, Recipe, tuple[str, ...]], None]
+) -> None:
+    small = ("model.depth=1", "model.width=64", "model.heads=2", "model.num_classes=8")
+    save_random(tmp_path / "flex", load_recipe("hmar-tiny", (*small, "model.attention=flex")), SHAPES)
+    subject = load_subject(tmp_path / "flex", "flex", torch.device("cpu"))
+    labels = held_out.labels(subject.checkpoint)
+    assert predict(subject, held_out.tokens, labels, None).isfinite().all()
 
 
 def test_other_models_and_tokenizers_are_refused(
