@@ -121,5 +121,5 @@ def codebook_figure(counts: Tensor, rows: Sequence[Row], scales: Scales) -> "Fig
         "rank of the code in its scale",
         "share of the tokens, %",
     )
-    right.legend(fontsize=7, frameon=False, title="scale", title_fontsize=7, loc="lower left", ncols=2)
+    right.legend(fontsize=7, edgecolor="none", title="scale", title_fontsize=7, loc="lower left", ncols=2)
     return figure

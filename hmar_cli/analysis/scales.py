@@ -258,7 +258,7 @@ def scale_figure(rows: Sequence[Row], scales: Scales) -> "Figure":
         right.plot([], [], " ", label="no log-normal curve is near")
     else:
         x = np.linspace(1, len(scales), 200)
-        label = f"log-normal, peak at {curve.peak:.1f}, R² {curve.r_squared:.2f}"
+        label = f"log-normal, peak at scale {curve.peak:.1f}, R² {curve.r_squared:.2f}"
         right.plot(x, [curve.at(each) for each in x], color="#2a9d5c", linewidth=1.5, label=label)
     side = "scale, side in tokens"
     dress_axes(left, "held-out loss (Fig. 16); bars: 2 standard errors", side, "cross-entropy, nats a token")
