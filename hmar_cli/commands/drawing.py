@@ -349,6 +349,11 @@ class Order:
     weights: str
     tokenizer: Path | None
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the classes that are drawn; none where prompts are."""
+        return tuple(self.checkpoint.class_names[each] for each in self.classes)
+
     def job(self) -> "Job":
         """The work for a sampler."""
         from hmar_cli.sampling.images import Job
@@ -372,13 +377,13 @@ class Order:
         from hmar_cli.files import file_sha256
 
         model, codec, checkpoint = load_model(self.checkpoint.folder, self.weights, self.tokenizer)
-        which, names = self.weights or checkpoint.weights[-1], checkpoint.class_names
+        which = self.weights or checkpoint.weights[-1]
         about = {
             "checkpoint": str(checkpoint.folder),
             "weights": which,
             "weights_sha256": file_sha256(checkpoint.folder / f"{which}.safetensors"),
             "tokenizer_hash": checkpoint.tokenizer_hash or codec.fingerprint(),
-            **({} if self.prompts else {"class_names": [names[c] for c in self.classes]}),
+            **({} if self.prompts else {"class_names": list(self.class_names)}),
         }
         return model, codec, about
 

@@ -4,7 +4,7 @@ import contextlib
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -91,13 +91,14 @@ def evaluate(
     """
     place = join_processes(device)
     network = open_extractor(plan.extractor, place.device, plan.weights)
-    if not plan.metrics and not network.class_names:
-        raise UserError(f"nothing to measure with {network.name}", "give --reference SOURCE, or --metrics is")
+    if order:
+        require_a_number(plan, network, order.class_names)
     real = early_reference(plan, network, place.rank)
     looking = {"metrics": plan.metrics, "crop": plan.crop, "batch_size": plan.batch_size}
     with contextlib.ExitStack() as stack:
         if order is None:
             images = open_images(subject, plan.size or network.size)
+            require_a_number(plan, network, images.source.class_names)
         else:
             images = stack.enter_context(drawn_images(order, keep, device))
         require_count(plan, images.source.length)
@@ -126,6 +127,20 @@ def early_reference(plan: Plan, network: Extractor, rank: int) -> Observations |
             open_source(plan.reference)
         return None
     return None if rank else read_reference(Path(plan.reference), network, plan.metrics, plan.batch_size)
+
+
+def require_a_number(plan: Plan, network: Extractor, class_names: Sequence[str]) -> None:
+    """See that there is a metric, statistics to write, or an accuracy to tell.
+
+    Raises:
+        UserError: there is none of them.
+    """
+    known = bool(class_names) and set(class_names) <= set(network.class_names)
+    if not (plan.metrics or plan.make_stats or known):
+        raise UserError(
+            f"nothing to measure: {network.name} does not know the classes of these images",
+            "give --reference SOURCE, or --metrics is",
+        )
 
 
 def require_count(plan: Plan, count: int | None) -> None:

@@ -567,8 +567,11 @@ def test_there_has_to_be_something_to_measure(run: Path, samples: Path, module: 
     )
     refused(hmar("eval", "samples", samples, "--metrics", "fud"), "no metric 'fud'")
     flags = ("--extractor", module, "--device", "cpu")
-    refused(hmar("eval", "samples", samples, *flags), "nothing to measure with module:")
+    refused(hmar("eval", "samples", samples, *flags), "nothing to measure: module:")
     refused(measure(run, samples, *flags, "--metrics", "is"), "is needs logits of classes")
+    (samples / "sample.json").write_text(json.dumps({"labels": [0], "class_names": ["cat"]}))
+    foreign = hmar("eval", "samples", samples, "--extractor", run, "--device", "cpu")
+    refused(foreign, "nothing to measure: toy-classifier does not know the classes", "--reference")
 
 
 def test_mistakes_are_one_line_and_a_hint(run: Path, recipe: Path, samples: Path, tmp_path: Path) -> None:
