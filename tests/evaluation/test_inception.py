@@ -188,7 +188,7 @@ class Trap:
 def test_files_that_are_no_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     paths = [tmp_path / name for name in ("trap.pth", "text.pth", "list.pth", "other.pth")]
-    paths[0].write_bytes(pickle.dumps({"x": Trap()}))
+    paths[0].write_bytes(pickle.dumps({"x": Trap()}, protocol=2))
     paths[1].write_text("no weights")
     torch.save([torch.zeros(1)], paths[2])
     torch.save({"x": torch.zeros(1)}, paths[3])
