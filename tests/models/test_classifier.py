@@ -36,7 +36,7 @@ def test_norms_take_channels_together() -> None:
     assert group_norm(GROUP)(bright).mean(dim=(2, 3)).std() > 0.5
 
 
-@pytest.mark.parametrize("name", ["classifier-tiny", "classifier-cifar10"])
+@pytest.mark.parametrize("name", ["classifier-tiny", "classifier-cifar10", "classifier-tin40"])
 def test_the_listed_size_is_the_built_one(name: str) -> None:
     for change in ([], ["model.res_blocks=3"], ["model.multipliers=[2,2,3]"]):
         recipe = load_recipe(name, change)
