@@ -149,7 +149,10 @@ def samples(
     if report is None:  # not the process that reports
         return
     if out:
+        from hmar_cli.console import console
+
         report.save(out)
+        console.print(f"report: {out}", highlight=False)
     if as_json:
         print(json.dumps(report.describe(), indent=2, ensure_ascii=False))
     else:

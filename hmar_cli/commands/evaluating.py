@@ -23,7 +23,7 @@ from hmar_cli.evaluation.measures import Protocol, measure, metric_name, needs_r
 from hmar_cli.evaluation.observing import Observations, observe_together
 from hmar_cli.evaluation.references import is_statistics, read_reference, save_statistics
 from hmar_cli.evaluation.reports import Measured, Report, as_text
-from hmar_cli.launch import Place, join_processes
+from hmar_cli.launch import Place, join_processes, leave_processes
 from hmar_cli.report import image_grid, save_png
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def evaluate(
             title = "looking at the reference"
             real = observe_together(reference, network, size=found.size, title=title, **looking)
         report = None if place.rank else conclude(images, found, real, network, plan, grid, place)
-    if place.world > 1:
-        torch.distributed.destroy_process_group()
+    leave_processes()
     return report
 
 
@@ -166,10 +165,8 @@ def conclude(
     place: Place,
 ) -> Report:
     """Measure, write statistics and grid, and make the report; warnings go to standard error."""
-    for each in (found, real):
-        if each is not None and each.unreadable:
-            left_out = f"left out {each.unreadable} images of {each.source}; {each.error}"
-            console.print(f"[yellow]warning:[/] {left_out}", highlight=False)
+    for line in (line for each in (found, real) if each is not None for line in warnings(each, plan.metrics)):
+        console.print(f"[yellow]warning:[/] {line}", highlight=False)
     if not found.count:
         raise UserError(f"{found.source} has no images that can be read", found.error or "give more images")
     metrics = plan.metrics if real is not None else tuple(m for m in plan.metrics if not needs_reference([m]))
@@ -212,6 +209,18 @@ def conclude(
             "versions": versions(),
         },
     )
+
+
+def warnings(found: Observations, metrics: Sequence[str]) -> list[str]:
+    """What makes numbers of a set doubtful."""
+    lines, width = [], found.statistics.mean.numel()
+    if found.unreadable:
+        lines.append(f"left out {found.unreadable} images of {found.source}; {found.error}")
+    if "fid" in metrics and 0 < found.count <= width:  # 0 where a file does not say
+        lines.append(
+            f"FID by {found.count} images of {found.source} says little: their covariance has {width} rows"
+        )
+    return lines
 
 
 def as_number(name: str, value: Any) -> Measured:

@@ -280,6 +280,14 @@ def test_images_that_cannot_be_read_are_told_and_left_out(run: Path, samples: Pa
     assert "warning: left out 1 images" in result.stderr and "image 3: " in result.stderr
 
 
+def test_few_images_for_the_features_are_warned_of(run: Path, samples: Path) -> None:
+    few = measure(run, samples).stderr  # 16 features; 12 images, and 20 of the reference
+    assert f"warning: FID by 12 images of {samples} says little: their covariance has 16 rows" in few
+    assert "FID by 20" not in few
+    assert "says little" not in measure(run, samples, "--metrics", "precision,recall").stderr
+    assert "says little" not in measure(run, "builtin:shapes?count=17").stderr
+
+
 def test_statistics_stand_for_the_images_they_were_made_of(run: Path, samples: Path, tmp_path: Path) -> None:
     path = tmp_path / "shapes.npz"
     made = hmar(
