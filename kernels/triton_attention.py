@@ -22,8 +22,8 @@ HEAD_SIZES = (32, 64, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGN = 4
 """Bulk copies of float32 numbers begin at multiples of this, 16 bytes; elsewhere they fail."""
-NORM_ROWS = 128
-"""Keys whose norms one program computes."""
+NORM_TOKENS, NORM_HEADS = 16, 8
+"""Of how many heads of how many tokens one program computes the norms."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,23 @@ class Settings(NamedTuple):
     keys: Setting
 
 
-WIDE = Setting(64, 64, 4, 3, bulk=True)
-"""Forward of heads up to 64 in half precision. H200, PyTorch 2.11, Triton 3.6, batch 16, or 4 at 1024 px, 24 heads:
-1.473 ms at 1024 px, diagonal; two stages take 1.681, 64 x 64 with two 1.516, 8 warps 1.505, 128 x 128 2.262. The
-other rows were measured with two stages alone: 0.091 and 0.540 ms at 256 and 512 px, diagonal."""
 SMALL = Setting(64, 64, 4, 2)
-"""By pointers, heads up to 64 in half precision: where memory is no matrix of tokens and heads, and backward."""
+"""By pointers, heads up to 64 in half precision: where memory is no matrix of tokens and heads."""
 SHALLOW = Setting(64, 32, 4, 2)
 """By pointers, heads of 96 and 128 in half precision. Like those for float32 it is not measured; compiled for sm_90
 they spill at most 56 bytes of registers."""
 
 
-def settings_for(lengths: Sequence[int], causal: bool, head_size: int, dtype: torch.dtype) -> Settings:
-    """The settings for a list of scales; all lists have the same until measurements tell them apart."""
+def settings_for(
+    lengths: Sequence[int], causal: bool, head_size: int, dtype: torch.dtype, normalized: bool
+) -> Settings:
+    """The settings for a list of scales.
+
+    Those of heads up to 64 in half precision are the fastest of about 20 for each kernel, measured on one H100 at
+    the scales of 256, 512 and 1024 px in both patterns, with PyTorch 2.11, Triton 3.6, bf16, 24 heads of 64, batch 16
+    or 4 (docs/results/attention-h100.md). What tells them apart is how many keys a query sees: 162, 679 and 2602 on
+    average in the diagonal pattern, 421, 1460 and 6027 in the causal one.
+    """
     if dtype == torch.float32:
         if head_size > 64:
             same = Setting(32, 16, 8, 2)
@@ -84,7 +88,18 @@ def settings_for(lengths: Sequence[int], causal: bool, head_size: int, dtype: to
         return Settings(same, same, replace(same, warps=8))
     if head_size > 64:
         return Settings(SHALLOW, SHALLOW, replace(SHALLOW, warps=8))
-    return Settings(WIDE, WIDE, replace(WIDE, stages=2))
+    seen = sum(n * (sum(lengths[: i + 1]) if causal else n) for i, n in enumerate(lengths)) / sum(lengths)
+    narrow, square = Setting(64, 32, 4, 3, bulk=True), Setting(64, 64, 4, 3, bulk=True)
+    tall = Setting(128, 64, 4, 3, bulk=True)
+    if normalized:
+        forward = replace(square, inline=True) if seen < 300 else replace(square, registers=128)
+        queries = replace(narrow, registers=128) if seen < 4000 else replace(square, registers=168)
+        return Settings(
+            forward if seen < 2000 else replace(tall, stages=4), queries, narrow if seen < 1000 else square
+        )
+    forward = narrow if seen < 1000 else replace(square, stages=4) if seen < 2000 else tall
+    keys = replace(narrow, registers=128) if seen < 1000 else replace(square, registers=168)
+    return Settings(forward, narrow if seen < 600 else square, keys)
 
 
 def unavailable(*, device: torch.device, dtype: torch.dtype, head_size: int, pattern: str) -> str | None:
@@ -224,10 +239,11 @@ class _Call:
 
     def norms(self, x: Tensor, into: Tensor, factor: float = 1.0, scaled: bool = False) -> Tensor:
         """`factor` / |row| of x [B, L, H, D], times the head scale where `scaled`: to the numbers `into`."""
-        _, length, heads, size = x.shape
-        norms_kernel[(triton.cdiv(length, NORM_ROWS) * self.samples,)](
+        batch, length, heads, size = x.shape
+        programs = batch * triton.cdiv(length, NORM_TOKENS) * triton.cdiv(heads, NORM_HEADS)
+        norms_kernel[(programs,)](
             x, into, self.head_scale, _strides(x), heads, length, factor, D=size,
-            WIDTH=triton.next_power_of_2(size), BLOCK=NORM_ROWS, SCALED=scaled,
+            WIDTH=triton.next_power_of_2(size), TOKENS=NORM_TOKENS, HEADS=NORM_HEADS, SCALED=scaled,
         )  # fmt: skip
         return into
 
@@ -260,7 +276,9 @@ def forward(
     call = _call(parts, lengths, causal, softmax_scale, head_scale)
     q, k, v, head_scale = call.q, call.k, call.v, call.head_scale
     queries, size = q.shape[1], q.shape[3]
-    s = call.suited((settings or settings_for(lengths, causal, size, q.dtype)).forward)
+    s = call.suited(
+        (settings or settings_for(lengths, causal, size, q.dtype, head_scale is not None)).forward
+    )
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = call.numbers(queries)
     if lse.shape[2] > queries:
@@ -353,7 +371,7 @@ def backward(
     `lse` is that of `forward`. Beside it, each head takes one row of float32 numbers, or two where normalised.
     """
     call, dout = _call(parts, lengths, causal, softmax_scale, head_scale), _contiguous_heads(dout)
-    chosen = settings or settings_for(lengths, causal, call.q.shape[3], call.q.dtype)
+    chosen = settings or settings_for(lengths, causal, call.q.shape[3], call.q.dtype, head_scale is not None)
     products = call.numbers(call.q.shape[1])
     inverses = products if head_scale is None else call.numbers(max(call.q.shape[1], call.k.shape[1]))
     dq, dk, dv = gradients
@@ -363,16 +381,33 @@ def backward(
 
 
 SHAPES = {
-    "forward": "64,64,4,3 64,64,4,4 64,64,4,2 64,32,4,3 64,32,4,4 128,64,4,3 128,64,4,4 128,64,8,3 64,128,4,2",
-    "queries": "64,64,4,3 64,32,4,3 64,32,4,4 64,64,4,2 128,64,8,3 128,32,4,3",
-    "keys": "64,64,4,2 64,32,4,3 64,64,4,3 64,32,4,2 128,64,8,3 128,64,8,2",
+    "forward": (
+        *((64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4)),
+        *((128, 64, 4, 4), (128, 64, 8, 3), (64, 128, 4, 2)),
+    ),
+    "queries": (
+        (64, 64, 4, 3),
+        (64, 32, 4, 3),
+        (64, 32, 4, 4),
+        (64, 64, 4, 2),
+        (128, 64, 8, 3),
+        (128, 32, 4, 3),
+    ),
+    "keys": (
+        (64, 64, 4, 2),
+        (64, 32, 4, 3),
+        (64, 64, 4, 3),
+        (64, 32, 4, 2),
+        (128, 64, 8, 3),
+        (128, 64, 8, 2),
+    ),
 }
 """Rows, block, warps and stages worth measuring for each kernel, likeliest first."""
 
 
 def candidates(kind: str, head_size: int, normalized: bool) -> list[Setting]:
     """Settings worth measuring for "forward", "queries" or "keys", likeliest first."""
-    found = [Setting(*map(int, shape.split(",")), bulk=True) for shape in SHAPES[kind].split()]
+    found = [Setting(*shape, bulk=True) for shape in SHAPES[kind]]
     likely = found[:4]
     if kind == "forward" and normalized:
         found += [replace(s, inline=True) for s in likely]
@@ -414,7 +449,7 @@ def tune(
     qkv = torch.randn(shape, generator=generator, device=device, dtype=dtype)
     scale = torch.full((heads,), 4.0, device=device) if normalized else None
     rest = (plain, causal, 1.0 if normalized else head_size**-0.5, scale)
-    chosen = settings_for(plain, causal, head_size, dtype)
+    chosen = settings_for(plain, causal, head_size, dtype, normalized)
     found: dict[str, Any] = {"chosen": {kind: asdict(s) for kind, s in chosen._asdict().items()}}
     with torch.no_grad(), torch.cuda.device_of(qkv):
         for kind in Settings._fields:

@@ -67,8 +67,9 @@ def gather_queries(
                 k_block = (k_block.to(tl.float32) * inverse[:, None]).to(k_block.dtype)
         scores = tl.dot(q, tl.trans(k_block), input_precision="ieee")  # [M, J]
         if NORMALIZE and FOLD:
-            scores = scores * inverse[None, :]
-        scores = scores * factor - total[:, None]
+            scores = scores * inverse[None, :] - total[:, None]
+        else:
+            scores = scores * factor - total[:, None]
         if PART:
             at = first + tl.arange(0, BLOCK)
             sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
@@ -112,11 +113,15 @@ def queries_kernel(
     start = tl.cast(sample, tl.int64) * pitch(queries)
     total = load_row(lse, start, first, last, M, True, False) * LOG2E
     product = tl.sum(o_tile * dout_tile.to(tl.float32), 1)
-    inverse, factor, temperature = total, scale * LOG2E, 1.0
+    inverse, factor, temperature, q_hat = total, scale * LOG2E, 1.0, q_tile
     if NORMALIZE:
         temperature = tl.load(head_scale + h)
         inverse = inverse_norm(q_tile)
-        factor = (inverse * (temperature * factor))[:, None]
+        if FOLD:
+            q_hat = (q_tile.to(tl.float32) * (inverse * (temperature * factor))[:, None]).to(q_tile.dtype)
+        else:
+            q_hat = (q_tile.to(tl.float32) * inverse[:, None]).to(q_tile.dtype)
+        factor = factor * temperature
     rows = first + tl.arange(0, M)
     if NORMALIZE and FOLD:
         written = product * (inverse * (scale * LOG2E * nonzero(temperature)))
@@ -127,12 +132,12 @@ def queries_kernel(
     norms_start = tl.cast(sample, tl.int64) * pitch(keys)
     begin, end, whole, whole_end = tile_columns(tile, BLOCK)
     acc = gather_queries(
-        acc, q_tile, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms,
+        acc, q_hat, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms,
         norms_start, low, high, factor, keys, whole, whole_end, whole, whole_end,
         D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, False, STAGES,
     )  # fmt: skip
     acc = gather_queries(
-        acc, q_tile, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms,
+        acc, q_hat, k_rows, k_stride, v_rows, v_stride, column, dout_tile, total, product, norms,
         norms_start, low, high, factor, keys, begin, end - (whole_end - whole), whole, whole_end,
         D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, True, STAGES,
     )  # fmt: skip
@@ -168,8 +173,9 @@ def gather_keys(
                 q_block = (q_block.to(tl.float32) * inverse[:, None]).to(q_block.dtype)
         scores = tl.dot(k, tl.trans(q_block), input_precision="ieee")  # [J, M]
         if NORMALIZE and FOLD:
-            scores = scores * inverse[None, :]
-        scores = scores * factor - total[None, :]
+            scores = scores * inverse[None, :] - total[None, :]
+        else:
+            scores = scores * factor - total[None, :]
         if PART:
             at = first + tl.arange(0, BLOCK)
             sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
@@ -213,28 +219,29 @@ def keys_kernel(
     low = load_row(bounds, 0, first, last, J, True, False)
     high = load_row(bounds, keys, first, last, J, True, False)
     start = tl.cast(sample, tl.int64) * pitch(queries)
-    factor, temperature = scale * LOG2E, 1.0
+    factor, temperature, k_hat = scale * LOG2E, 1.0, k_tile
     if NORMALIZE:
         temperature = tl.load(head_scale + h)
+        factor = factor * temperature
         inverse = inverse_norm(k_tile)
-        factor = (inverse if FOLD else inverse * (temperature * factor))[:, None]
+        k_hat = (k_tile.to(tl.float32) * inverse[:, None]).to(k_tile.dtype)
     d_key = tl.zeros([J, WIDTH], tl.float32)
     d_value = tl.zeros([J, WIDTH], tl.float32)
     begin, end, whole, whole_end = tile_columns(tile, BLOCK)
     d_key, d_value = gather_keys(
-        d_key, d_value, k_tile, v_tile, q_rows, q_stride, g_rows, g_stride, column, lse, products,
+        d_key, d_value, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, lse, products,
         inverses, start, low, high, factor, queries, whole, whole_end, whole, whole_end,
         D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, False, STAGES,
     )  # fmt: skip
     d_key, d_value = gather_keys(
-        d_key, d_value, k_tile, v_tile, q_rows, q_stride, g_rows, g_stride, column, lse, products,
+        d_key, d_value, k_hat, v_tile, q_rows, q_stride, g_rows, g_stride, column, lse, products,
         inverses, start, low, high, factor, queries, begin, end - (whole_end - whole), whole, whole_end,
         D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, True, STAGES,
     )  # fmt: skip
     d_rows, d_stride, _ = head_of(dv, dv_strides, b, h, D, False)
     store_rows(d_rows, d_stride, first, last, d_value, J, D, WIDTH)
     if NORMALIZE:
-        d_key *= LN2 * zero_or_one(temperature) if FOLD else temperature * scale
+        d_key *= LN2 * zero_or_one(temperature) if FOLD else factor * LN2
         k_tile = load_rows(k_rows, k_stride, own, first, last, J, D, WIDTH, True, BULK)
         d_key, _ = through_norm(k_tile, inverse, d_key)
     else:

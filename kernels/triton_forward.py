@@ -128,21 +128,29 @@ def nonzero(head_scale):
 
 @triton.jit(do_not_specialize=SIZES)
 def norms_kernel(
-    x, norms, head_scale, strides, heads, keys, factor, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    SCALED: tl.constexpr,
+    x, norms, head_scale, strides, heads, keys, factor, D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Write `factor` / |row| of BLOCK rows of one head to `norms` [B, H, L]; times the head scale where SCALED."""
-    sample = tl.program_id(0) // tl.cdiv(keys, BLOCK)
-    first = tl.program_id(0) % tl.cdiv(keys, BLOCK) * BLOCK
-    h = sample % heads
-    source, stride, column = head_of(x, strides, sample // heads, h, D, False)
+    """Write `factor` / |row| of rows of x [B, L, H, D] to `norms` [B, H, L]; times the head scale where SCALED.
+
+    A program takes neighbouring heads of a few tokens, which are one stretch of memory.
+    """
+    groups = tl.cdiv(heads, HEADS)
+    place = tl.program_id(0) // groups
+    b = place // tl.cdiv(keys, TOKENS)
+    rows = tl.arange(0, HEADS * TOKENS)
+    h = tl.program_id(0) % groups * HEADS + rows // TOKENS
+    at = place % tl.cdiv(keys, TOKENS) * TOKENS + rows % TOKENS
+    inside = (h < heads) & (at < keys)
+    columns = tl.arange(0, WIDTH)
+    pointers = x + tl.cast(b, tl.int64) * strides[0] + columns[None, :]
+    pointers += (tl.cast(at, tl.int64) * strides[1] + tl.cast(h, tl.int64) * strides[2])[:, None]
     inverse = (
-        inverse_norm(load_rows(source, stride, column, first, keys, BLOCK, D, WIDTH, True, False)) * factor
+        inverse_norm(tl.load(pointers, mask=inside[:, None] & (columns < D)[None, :], other=0.0)) * factor
     )
     if SCALED:
-        inverse *= nonzero(tl.load(head_scale + h))
-    rows = first + tl.arange(0, BLOCK)
-    tl.store(norms + tl.cast(sample, tl.int64) * pitch(keys) + rows, inverse, mask=rows < keys)
+        inverse *= nonzero(tl.load(head_scale + h, mask=inside, other=1.0))
+    tl.store(norms + tl.cast(b * heads + h, tl.int64) * pitch(keys) + at, inverse, mask=inside)
 
 
 @triton.jit
@@ -162,7 +170,6 @@ def _attend(
 ):  # fmt: skip
     """Let queries q [M, D] attend to the keys `begin` to `end` (see `block_start`), each in its bounds where PART.
 
-    `factor`, a number or [M, 1], turns products, over the norms of keys where NORMALIZE, into scores.
     Returns the sums of values [M, D] and of weights [M], and what they are relative to, `top` [M]: the maximum so
     far, or where STEADY, what it was before.
     """
@@ -175,17 +182,21 @@ def _attend(
                 inverse = inverse_norm(k_block)
             else:
                 inverse = load_row(norms, norms_start, first, keys, BLOCK, PART, BULK)
-            scores = scores * inverse[None, :]
+            if STEADY:
+                scores = scores * inverse[None, :] - top[:, None]
+            else:
+                scores = scores * inverse[None, :]
+        elif STEADY:
+            scores = scores * factor - top[:, None]
+        if PART:
+            at = first + tl.arange(0, BLOCK)
+            sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
+            scores = tl.where(sees, scores, float("-inf"))
         if STEADY:
-            weights = tl.exp2(scores * factor - top[:, None])
+            weights = tl.exp2(scores)
         else:
-            scores = scores * factor
-            if PART:
-                at = first + tl.arange(0, BLOCK)
-                sees = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
-                scores = tl.where(sees, scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_top[:, None])
+            new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+            weights = tl.exp2(scores * factor - new_top[:, None])
             correction = tl.exp2(top - new_top)
             total = total * correction
             acc = acc * correction[:, None]
@@ -204,7 +215,8 @@ def forward_kernel(
 ):  # fmt: skip
     """One tile of one head: out [B, N, H, D] and lse [B, H, N] from q, k and v of any strides (of B, L and H).
 
-    Arrays of numbers lie as `pitch` says. `norms` [B, H, L] holds 1 / |key| where NORMALIZE, unless INLINE.
+    Arrays of numbers lie as `pitch` says. `norms` [B, H, L] holds 1 / |key| unless INLINE. `scale` is not negative
+    unless NORMALIZE.
     """
     tile = tiles + tl.program_id(0) % count * 6
     sample = tl.program_id(0) // count
@@ -220,7 +232,9 @@ def forward_kernel(
     norms_start = tl.cast(sample, tl.int64) * pitch(keys)
     factor = scale * LOG2E
     if NORMALIZE:
-        factor = (inverse_norm(q_tile) * (tl.load(head_scale + h) * factor))[:, None]
+        temperature = tl.load(head_scale + h) * factor
+        q_tile = (q_tile.to(tl.float32) * (inverse_norm(q_tile) * temperature)[:, None]).to(q_tile.dtype)
+        factor = 1.0
     start, end, whole, whole_end = tile_columns(tile, BLOCK)
     whole = tl.minimum(whole + BLOCK, whole_end)  # the first gives every row a maximum to start with
     acc = tl.zeros([M, WIDTH], tl.float32)
