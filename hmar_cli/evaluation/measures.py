@@ -277,4 +277,5 @@ def precision_recall(generated: Tensor, real: Tensor, protocol: Protocol) -> dic
         save_cpu_ram=True,
         verbose=False,
     )
-    return {"precision": found["precision"], "recall": found["recall"]}
+    counts = (("precision", len(generated)), ("recall", len(real)))
+    return {name: round(found[name] * count) / count for name, count in counts}  # it divides in float32
