@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hmar_cli.data import captions
-from hmar_cli.data.captions import caption_encoder, describe
+from hmar_cli.data.captions import caption_encoder, describe, draw_captions
+from hmar_cli.data.images import Example, ImageSource
 from hmar_cli.errors import UserError
 from hmar_cli.models.text import tokenize
 from hmar_cli.settings import ClipText, JointText
@@ -30,6 +31,29 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.save(open_clip.create_model("small").state_dict(), folder / "small.pt")
     return folder / "small.pt"
+
+
+class Texts(ImageSource):
+    """Images of which every third has no caption, and the others two."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__("texts", ("image",), count, captioned=True)
+
+    def example(self, index: int) -> Example:
+        """No image."""
+        return Example(index, None, 0, () if index % 3 == 2 else (f"{index}a", f"{index}b"))
+
+
+def test_captions_are_drawn_by_chance_and_no_image_twice() -> None:
+    drawn = draw_captions(Texts(300), 150, 0)
+    images = [int(text[:-1]) for text in drawn]
+    assert len(set(images)) == 150 and not any(image % 3 == 2 for image in images)
+    assert images != sorted(images) and max(images) > 250
+    assert 50 < sum(text.endswith("a") for text in drawn) < 100  # one of the two, by chance
+    assert draw_captions(Texts(300), 150, 0) == drawn != draw_captions(Texts(300), 150, 1)
+    assert len(draw_captions(Texts(300), 200, 0)) == 200
+    with pytest.raises(UserError, match="texts has 200 images with captions, and 201 prompts"):
+        draw_captions(Texts(300), 201, 0)
 
 
 def test_names_of_what_encodes() -> None:

@@ -357,6 +357,16 @@ def test_coco(coco: Path) -> None:
     assert "No such file" in examples[1].error and "999" in examples[4].error
 
 
+def test_captions_of_coco_are_known_without_its_images(coco: Path) -> None:
+    source = open_source(f"coco:{coco}?images={coco.parent / 'images'}")
+    expected = [("a dark picture", "a green one"), ("lost",), ("broken",), (), ()]
+    for path in (coco.parent / "images").iterdir():
+        path.unlink()
+    assert [source.captions(i) for i in range(len(source))] == expected
+    shapes = open_source("builtin:shapes?count=3")
+    assert [shapes.captions(i) for i in range(3)] == [each.captions for each in shapes.read(0, 3)]
+
+
 def test_mistakes_in_coco(coco: Path) -> None:
     images = coco.parent / "images"
     cases = {
