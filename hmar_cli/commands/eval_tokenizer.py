@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hmar_cli.evaluation.extractors import Extractor
     from hmar_cli.evaluation.reconstruction import Reconstructions
     from hmar_cli.evaluation.reports import Report
+    from hmar_cli.tokenizers.losses import Lpips
 
 EXAMPLES = """
 Measure how well a tokenizer reconstructs images that it has never seen, and how it uses its codes or latents.
@@ -23,11 +24,11 @@ CHECKPOINT is a tokenizer, a model or a cache that carries one; IMAGES is any so
 centre-cropped to the size at which the tokenizer was trained, to `--size`, or with `--native` left at their own
 sizes, less what the stride does not divide. A multi-scale VQ tokenizer gets scales in proportion to the size.
 
-PSNR (dB), SSIM and L1 (black is -1, white 1) are means over images, with their standard deviation; all are of
-pictures of 8 bits. With `--extractor`, rFID is the Fréchet distance of the pictures' features from those of the
-images: `rFID-50k` of Inception, `rFID[classifier-cifar10]-10k` of a classifier. Of codes, usage is the share of the
-codebook that occurs, and perplexity the number of codes that would be as varied if all came equally often; of
-latents, `std` is the standard deviation before any scale.
+PSNR (dB), SSIM and L1 (black is -1, white 1) are means over images, with their standard deviation, and with `--lpips`
+LPIPS too; all are of pictures of 8 bits. With `--extractor`, rFID is the Fréchet distance of the pictures' features
+from those of the images: `rFID-50k` of Inception, `rFID[classifier-cifar10]-10k` of a classifier. Of codes, usage is
+the share of the codebook that occurs, and perplexity the number of codes that would be as varied if all came equally
+often; of latents, `std` is the standard deviation before any scale.
 
 `--preset tokenizer` measures as papers do (VAR; HMAR, supplement, Table 5): ImageNet's 50,000 validation images, the
 tokenizer's own size, ADM's crop, Inception.
@@ -65,6 +66,10 @@ def tokenizer(
     ] = "",
     extractor_weights: Annotated[
         Path | None, typer.Option(help="File of its weights, where they cannot be downloaded.")
+    ] = None,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS with VGG16, downloaded once.")] = False,
+    lpips_weights: Annotated[
+        Path | None, typer.Option(help="File of LPIPS's weights, in place of the download.")
     ] = None,
     preset: Annotated[
         Literal["tokenizer"] | None, typer.Option(help="Measure as papers do: tokenizer.")
@@ -109,7 +114,8 @@ def tokenizer(
     frames = framed(source, given, None if native else wanted or source.recipe.data.size, crop or "adm")
     frames.count, frames.batch_size, frames.share = count, batch_size, (place.rank, place.world)
     picture = grid or (out.with_suffix(".png") if out else None)
-    found = measure(source, frames, judge, place.device, shown if picture else 0)
+    perceptual = open_lpips(lpips_weights) if lpips or lpips_weights else None
+    found = measure(source, frames, judge, place.device, shown if picture else 0, perceptual)
     leave_processes()
     if place.rank:
         return
@@ -146,6 +152,22 @@ def parse_size(text: str) -> list[int] | None:
     return [int(parts[-1]), int(parts[0])]
 
 
+def open_lpips(weights: Path | None) -> "Lpips":
+    """LPIPS with VGG16 from a file, or downloaded.
+
+    Raises:
+        UserError: no such file, other weights, or a download that failed.
+    """
+    from hmar_cli.tokenizers.losses import Lpips
+
+    try:
+        return Lpips(str(weights or "")).eval()
+    except UserError as error:
+        raise UserError(
+            str(error), "--lpips-weights FILE takes `lpips.LPIPS(net='vgg').state_dict()`"
+        ) from error
+
+
 def framed(checkpoint: "Checkpoint", source: Any, size: Any, crop: Any) -> "FramedImages":
     """The images of a source at a size that the tokenizer takes.
 
@@ -167,7 +189,12 @@ def framed(checkpoint: "Checkpoint", source: Any, size: Any, crop: Any) -> "Fram
 
 
 def measure(
-    checkpoint: "Checkpoint", frames: "FramedImages", judge: "Extractor | None", place: Any, shown: int
+    checkpoint: "Checkpoint",
+    frames: "FramedImages",
+    judge: "Extractor | None",
+    place: Any,
+    shown: int,
+    perceptual: "Lpips | None" = None,
 ) -> "Reconstructions":
     """Reconstruct the images, all processes together.
 
@@ -179,7 +206,8 @@ def measure(
 
     codec = load_tokenizer(checkpoint.folder).to(place)
     try:
-        found = evaluate_tokenizer(codec, frames, judge, shown)
+        perceptual = perceptual and perceptual.to(place)
+        found = evaluate_tokenizer(codec, frames, judge, shown, perceptual)
     except ValueError as error:
         raise UserError(
             f"images of {frames.source.name} do not suit this tokenizer: {error}", "choose a larger --size"
@@ -211,10 +239,11 @@ def make_report(
     from hmar_cli.evaluation.measures import metric_name
     from hmar_cli.evaluation.observing import set_digest
     from hmar_cli.evaluation.reports import Measured, Report
+    from hmar_cli.tokenizers.blocks import hash_weights
 
     summary = found.summary()
     metrics = {}
-    for key, name in (("psnr", "PSNR"), ("ssim", "SSIM"), ("l1", "L1")):
+    for key, name in (("psnr", "PSNR"), ("ssim", "SSIM"), ("l1", "L1"), ("lpips", "LPIPS[vgg]")):
         if summary[key] is not None:
             metrics[key] = Measured(name, summary[key], statistics.pstdev(getattr(found, key)))
     if judge is not None:
@@ -232,6 +261,7 @@ def make_report(
         "images": {"count": found.count, "sha256": set_digest(found.digests), "sizes": sizes},
         "crop": frames.crop if frames.size else "none",
         "extractor": judge and {"name": judge.name, "fingerprint": judge.fingerprint},
+        "lpips": found.perceptual and hash_weights(found.perceptual.state_dict(), b"lpips"),
     }
     subject = {
         "tokenizer": str(checkpoint.folder),

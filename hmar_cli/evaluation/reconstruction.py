@@ -24,7 +24,7 @@ from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.frechet import FeatureStatistics, frechet_distance
 from hmar_cli.models.scales import Side
 from hmar_cli.tokenizers.kl import KlAutoencoder, posterior
-from hmar_cli.tokenizers.losses import psnr
+from hmar_cli.tokenizers.losses import Lpips, psnr
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 WINDOW, SIGMA = 11, 1.5
@@ -126,23 +126,30 @@ class Reconstructions:
         tokenizer: in evaluation mode, on its device.
         extractor: gives the features of the rFID, of images and pictures alike; without one there is no rFID.
         shown: pairs of the first images and their pictures that are kept.
+        perceptual: gives the LPIPS of each pair, on the tokenizer's device; without one there is none.
 
     Attributes:
         digests: SHA-256 of each image.
         psnr: of each image in dB, over all its pixels and colours.
         ssim: of each image; none of images smaller than its window.
         l1: mean absolute difference of each image, where black is -1 and white 1.
+        lpips: of each image; none of images whose sides are below 16.
         pairs: the first images and their pictures, each [H, W, 3].
     """
 
     def __init__(
-        self, tokenizer: MultiScaleVQ | KlAutoencoder, extractor: Extractor | None = None, shown: int = 0
+        self,
+        tokenizer: MultiScaleVQ | KlAutoencoder,
+        extractor: Extractor | None = None,
+        shown: int = 0,
+        perceptual: Lpips | None = None,
     ) -> None:
-        self.extractor, self.shown = extractor, shown
+        self.extractor, self.shown, self.perceptual = extractor, shown, perceptual
         self.digests: list[bytes] = []
         self.psnr: list[float] = []
         self.ssim: list[float] = []
         self.l1: list[float] = []
+        self.lpips: list[float] = []
         self.pairs: list[tuple[Pixels, Pixels]] = []
         self._device = next(tokenizer.parameters()).device
         self._bottleneck = _Codes(tokenizer) if isinstance(tokenizer, MultiScaleVQ) else _Latents(tokenizer)
@@ -186,6 +193,8 @@ class Reconstructions:
         self.l1 += (wanted - got).abs().double().mean(dim=(1, 2, 3)).tolist()
         if min(images.shape[2:]) >= WINDOW:
             self.ssim += ssim(images, pictures).tolist()
+        if self.perceptual is not None and min(images.shape[2:]) >= 16:
+            self.lpips += self.perceptual(wanted, got).double().tolist()
         if self.extractor is not None:
             for statistics, pixels in zip(self._statistics, (images, pictures), strict=True):
                 statistics.add(self.extractor(_scaled(pixels, self.extractor.size)).pooled)
@@ -198,7 +207,7 @@ class Reconstructions:
         if not distributed.is_initialized():
             return
         statistics = tuple(each.cpu() for each in self._statistics)
-        lists = ("digests", "psnr", "ssim", "l1")
+        lists = ("digests", "psnr", "ssim", "l1", "lpips")
         mine = (*(getattr(self, name) for name in lists), statistics, self._bottleneck.sums())
         found: list[Any] = [None] * distributed.get_world_size()
         distributed.all_gather_object(found, mine)
@@ -227,7 +236,8 @@ class Reconstructions:
         """Means over the images, and what is known of codes or latents.
 
         Returns:
-            `count`, `psnr`, `ssim` (None without), `l1`, each a mean over images; `rfid` where there is an extractor.
+            `count`; `psnr`, `ssim`, `l1` and `lpips`, each a mean over images, None where no image has one; `rfid`
+            where there is an extractor.
             Of a multi-scale VQ tokenizer `usage`, the share of the V codes that any scale uses; `tokens_per_scale`,
             `usage_per_scale` and `perplexity_per_scale`, the exponential of the entropy of the codes in nats, K
             numbers each. Of a KL
@@ -241,7 +251,8 @@ class Reconstructions:
             raise ValueError("expected at least one batch of images, got none")
         means = {
             name: math.fsum(values) / len(values) if values else None
-            for name, values in (("psnr", self.psnr), ("ssim", self.ssim), ("l1", self.l1))
+            for name in ("psnr", "ssim", "l1", "lpips")
+            for values in (getattr(self, name),)
         }
         distance = {} if self.extractor is None else {"rfid": self.rfid()}
         return {"count": self.count, **means, **distance, **self._bottleneck.result()}
@@ -274,6 +285,7 @@ def evaluate_tokenizer(
     images: Iterable[Tensor],
     extractor: Extractor | None = None,
     shown: int = 0,
+    perceptual: Lpips | None = None,
 ) -> Reconstructions:
     """Measure how well a tokenizer reconstructs images, and how it uses its codes or latents.
 
@@ -282,11 +294,12 @@ def evaluate_tokenizer(
         images: batches [B, 3, H, W] uint8; each batch may have its own size.
         extractor: of the rFID's features.
         shown: pairs of images and pictures that are kept.
+        perceptual: of LPIPS, on the tokenizer's device.
 
     Raises:
         ValueError: as `Reconstructions.add`.
     """
-    found = Reconstructions(tokenizer, extractor, shown)
+    found = Reconstructions(tokenizer, extractor, shown, perceptual)
     for batch in images:
         found.add(batch)
     return found

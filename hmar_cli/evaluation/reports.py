@@ -19,7 +19,7 @@ from hmar_cli.files import read_json, write_json
 FORMAT, VERSION = "hmar-eval", 1
 
 HIGHER_IS_BETTER = measures.HIGHER_IS_BETTER | {"accuracy", "psnr", "ssim", "clip_score", "clip_cosine"}
-LOWER_IS_BETTER = {"fid", "sfid", "kid", "rfid", "l1"}
+LOWER_IS_BETTER = {"fid", "sfid", "kid", "rfid", "l1", "lpips"}
 NO_REFERENCE = measures.WITHOUT_REFERENCE | {"accuracy"}
 """Metrics of the measured images alone, which compare whatever the reference is."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
@@ -18,6 +19,7 @@ from hmar_cli.builders import build_image_network, build_tokenizer
 from hmar_cli.checkpoints.store import save_checkpoint
 from hmar_cli.recipe import load_recipe
 from hmar_cli.tokenizers.blocks import hash_weights
+from hmar_cli.tokenizers.losses import VGG_SLICES
 
 SHAPES = "builtin:shapes?count=12&seed=3"
 BODY = "channels = 8\nmultipliers = [1, 2]\nres_blocks = 1\nz_channels = 4\n"
@@ -146,6 +148,20 @@ def test_several_processes_find_what_one_finds(made: Path, tmp_path: Path) -> No
         assert shared["metrics"][name]["value"] == pytest.approx(number["value"], rel=1e-6), name
 
 
+def test_lpips_from_a_file(made: Path, tmp_path: Path) -> None:
+    state = {
+        f"lin{i}.model.1.weight": torch.ones(1, layers[-1][2], 1, 1) for i, layers in enumerate(VGG_SLICES)
+    }
+    for i, layers in enumerate(VGG_SLICES, start=1):
+        for place, c_in, c_out in layers:
+            state[f"net.slice{i}.{place}.weight"] = torch.full((c_out, c_in, 3, 3), 0.1 / c_in)
+            state[f"net.slice{i}.{place}.bias"] = torch.zeros(c_out)
+    save_file(state, tmp_path / "vgg.safetensors")
+    report = found(made / "kl", SHAPES, "--count", 2, "--lpips-weights", tmp_path / "vgg.safetensors")
+    assert report["metrics"]["lpips"]["name"] == "LPIPS[vgg]" and report["metrics"]["lpips"]["value"] > 0
+    assert len(report["settings"]["lpips"]) == 64
+
+
 def refused(result: Any, message: str) -> None:
     assert result.exit_code == 2, result.output
     lines = result.stderr.splitlines()
@@ -165,6 +181,7 @@ def test_mistakes_are_one_line_and_a_hint(made: Path, tmp_path: Path) -> None:
         ("--size 15x16: a token of this tokenizer is 2 pixels", (tokenizer, photos, "--size", "15x16")),
         ("do not suit this tokenizer: expected scales that grow", (tokenizer, photos, "--size", 8)),
         ("no extractor 'what'", (tokenizer, photos, "--extractor", "what")),
+        ("no file of LPIPS weights", (tokenizer, photos, "--lpips-weights", tmp_path / "none.pt")),
         ("an rFID needs 2", (tokenizer, photos, "--count", 1, "--extractor", made / "judge")),
         ("--preset tokenizer fixes --count", (tokenizer, photos, "--preset", "tokenizer", "--count", 3)),
         ("has 3 images, and --preset tokenizer is of 50000", (tokenizer, photos, "--preset", "tokenizer")),

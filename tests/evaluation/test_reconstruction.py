@@ -147,6 +147,19 @@ def test_rfid_compares_the_pictures_with_the_images() -> None:
     assert found.features == 6 and found.summary()["rfid"] > 0
 
 
+def test_lpips_is_a_mean_over_images_large_enough() -> None:
+    class Mean(torch.nn.Module):
+        def forward(self, images: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+            return (images - pictures).abs().amax(dim=(1, 2, 3))
+
+    batches = [noise(3), noise(1, 8, 16)]
+    found = evaluate_tokenizer(autoencoder(), batches, perceptual=Mean(), shown=4)  # type: ignore[arg-type]
+    pairs = [np.abs(image.astype(float) - picture).max() / 127.5 for image, picture in found.pairs[:3]]
+    assert found.lpips == pytest.approx(pairs, rel=1e-5)
+    assert found.summary()["lpips"] == pytest.approx(np.mean(pairs), rel=1e-5)
+    assert evaluate_tokenizer(autoencoder(), batches).summary()["lpips"] is None
+
+
 def test_images_too_small_for_ssim_have_none() -> None:
     found = evaluate_tokenizer(autoencoder(), [noise(2, 8, 8)])
     assert found.ssim == [] and found.summary()["ssim"] is None
