@@ -157,17 +157,8 @@ def measure_scales(
     scales, labels = subject.model.scales, held_out.labels(subject.checkpoint)
     numbers = []  # of each batch [2, B, K]
     for part in held_out.batches(batch_size, f"{subject.name}, {task}"):
-        tokens = held_out.tokens[part].to(subject.device)
-        mask = None
-        counted = torch.ones_like(tokens, dtype=torch.float32)
-        if task == "masked":
-            mask = draw_masks(scales, range(part.start, part.stop), seed, share).to(subject.device)
-            counted = torch.cat([mask.new_zeros(len(mask), scales.lengths[0]), mask], dim=1).float()
-        logits = predict(subject, tokens, labels[part].to(subject.device), mask)  # [B, L, V]
-        # one long batch: over a transposed dimension the logits would be copied
-        entropy = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-        hits = (logits.argmax(dim=-1) == tokens).float()
-        numbers.append(_per_scale(torch.stack([entropy, hits]), counted, scales).double().cpu())
+        mask = draw_masks(scales, range(part.start, part.stop), seed, share) if task == "masked" else None
+        numbers.append(_judge(subject, held_out.tokens[part], labels[part], mask).double().cpu())
     every = torch.cat(numbers, dim=1)  # [2, N, K]
     errors = every.std(dim=1) / math.sqrt(every.shape[1]) if every.shape[1] > 1 else every[:, 0] * math.nan
     means, first = every.mean(dim=1), 1 if task == "masked" else 0
@@ -185,6 +176,27 @@ def measure_scales(
         }
         for k in range(first, len(scales))
     ]
+
+
+def _judge(subject: Subject, tokens: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Cross-entropy and accuracy of each scale of each image, [2, B, K]; of masked tokens alone where there is a mask.
+
+    Args:
+        subject: the model.
+        tokens: [B, L] int64, anywhere.
+        labels: [B] int64.
+        mask: [B, L - n_1] bool, or None.
+    """
+    tokens, labels = tokens.to(subject.device), labels.to(subject.device)
+    counted = torch.ones_like(tokens, dtype=torch.bool)
+    if mask is not None:
+        mask = mask.to(subject.device)
+        counted = torch.cat([mask.new_zeros(len(mask), tokens.shape[1] - mask.shape[1]), mask], dim=1)
+    logits = predict(subject, tokens, labels, mask)  # [B, L, V]
+    # one long batch: over a transposed dimension the logits would be copied
+    entropy = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+    hits = (logits.argmax(dim=-1) == tokens).float()  # [B, L]
+    return _per_scale(torch.stack([entropy, hits]), counted.float(), subject.model.scales)
 
 
 def _per_scale(values: Tensor, counted: Tensor, scales: Scales) -> Tensor:
