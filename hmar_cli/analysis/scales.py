@@ -179,7 +179,7 @@ def measure_scales(
 
 
 def _judge(subject: Subject, tokens: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-    """Cross-entropy and accuracy of each scale of each image, [2, B, K]; of masked tokens alone where there is a mask.
+    """Cross-entropy and accuracy of each scale of each image, [2, B, K]; with a mask of masked tokens alone.
 
     Args:
         subject: the model.
