@@ -92,14 +92,16 @@ def tokenizers(
     judge = open_extractor(extractor, place.device, extractor_weights) if extractor else None
     rows: list[Row] = []
     reports: list[dict[str, Any]] = []
+    notes: list[str] = []
     pictures: dict[str, list[Pixels]] = {}
     for spelling, size, name in cases:
         side = sides[size, name]
         frames = eval_tokenizer.framed(opened[name], open_source(spelling, size=side), side, crop)
         frames.count, frames.batch_size, frames.share = count, batch_size, (place.rank, place.world)
         found = eval_tokenizer.measure(opened[name], frames, judge, place.device, shown)
-        report, _ = eval_tokenizer.make_report(opened[name], frames, judge, found, "")
+        report = eval_tokenizer.make_report(opened[name], frames, judge, found, "", str(place.device))
         reports.append(report.describe())
+        notes += [f"{name}: {line}" for line in eval_tokenizer.warnings(frames, found)]
         rows.append(row_of(name, short(spelling), report))
         originals, copies = zip(*found.pairs, strict=True)
         pictures.setdefault(short(spelling), list(originals))
@@ -110,7 +112,7 @@ def tokenizers(
     grid = labelled_grid(squares(pictures))
     target = out or Path("analysis/tokenizers")
     files = save_analysis(target, "tokenizers", rows, settings, draw(rows), grid=grid)
-    print_analysis("tokenizers", rows, settings, files, as_json=as_json)
+    print_analysis("tokenizers", rows, settings, files, as_json=as_json, notes=notes)
 
 
 def side_of(size: str, checkpoint: "Checkpoint") -> "Side | None":
