@@ -65,9 +65,10 @@ def prompts(
     check_device(device)
     delegate(launch, device)
     from hmar_cli.commands.subjects import open_images
-    from hmar_cli.evaluation.prompts import open_judge, score_images
+    from hmar_cli.evaluation.prompts import open_judge, require_prompts, score_images
 
     subject = open_images(images, None)
+    require_prompts(subject.source)
     place = join_processes(device)
     judge = open_judge(clip, clip_weights, place.device)
     picture = grid or (out.with_suffix(".png") if out else None)

@@ -363,7 +363,7 @@ def print_report(report: "Report") -> None:
     if not report.about["scales"]:
         return
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("scale", "grid", "tokens", "usage", "perplexity"):
+    for title in ("scale", "grid in training", "tokens", "usage", "perplexity"):
         table.add_column(title, justify="right")
     for row in report.about["scales"]:
         grid = "x".join(map(str, reversed(row["grid"])))

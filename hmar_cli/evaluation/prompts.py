@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed
 
-from hmar_cli.console import progress
+from hmar_cli.console import console, progress
 from hmar_cli.data.ahead import ordered_map
 from hmar_cli.data.images import Example, ImageSource
 from hmar_cli.errors import UserError
@@ -59,6 +59,7 @@ def open_judge(spec: str, weights: Path | None = None, device: str | torch.devic
         UserError: an unknown tower or tag, or weights that cannot be had or are of another model.
     """
     tower, _, tag = spec.partition("/")
+    console.print(f"loading CLIP {spec}", highlight=False)
     try:
         clip = Clip.from_pretrained(tower, tag, weights)
     except ConnectionError as error:
@@ -158,11 +159,7 @@ def score_images(
     Raises:
         UserError: images without prompts, or none that can be read.
     """
-    if not source.captioned:
-        raise UserError(
-            f"the images of {source.name} have no prompts",
-            "give a folder that `hmar sample --prompt-file` wrote, or a source with captions",
-        )
+    require_prompts(source)
     (rank, world), found = share, PromptScores()
     total = min(count or sys.maxsize, source.length or sys.maxsize)
 
@@ -190,6 +187,19 @@ def score_images(
                 if len(found.shown) < shown and example.image is not None:
                     found.shown.append((example.image, example.caption, cosine))
     return found
+
+
+def require_prompts(source: ImageSource) -> None:
+    """See that the images of a source have prompts.
+
+    Raises:
+        UserError: they have none.
+    """
+    if not source.captioned:
+        raise UserError(
+            f"the images of {source.name} have no prompts",
+            "give a folder that `hmar sample --prompt-file` wrote, or a source with captions",
+        )
 
 
 def _note(found: PromptScores, bad: Sequence[Example]) -> None:

@@ -7,6 +7,7 @@ Letters: B captions, T tokens of a caption (its context length), W width of the 
 """
 
 import functools
+import logging
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -197,14 +198,24 @@ def download(tag: Mapping[str, Any], name: str) -> Path:
     """The file of a tag's weights, which open_clip downloads once.
 
     Raises:
-        ConnectionError: it cannot be downloaded.
+        ConnectionError: it cannot be downloaded; the message says where it is published.
     """
     import open_clip
 
+    hub = str(tag.get("hf_hub", "")).strip("/")
+    place = f"https://huggingface.co/{hub}" if hub else str(tag.get("url", ""))
+    log = logging.getLogger("huggingface_hub")  # which tells of every try
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         return Path(open_clip.download_pretrained(tag))
     except (OSError, RuntimeError) as error:
-        raise ConnectionError(f"the weights of {name} cannot be downloaded: {error}") from error
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConnectionError(
+            f"the weights of {name} cannot be downloaded{' from ' * bool(place)}{place}: {line}"
+        ) from error
+    finally:
+        log.setLevel(level)
 
 
 def _build_tower(config: Mapping[str, Any], quick_gelu: bool) -> nn.Module:

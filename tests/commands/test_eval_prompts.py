@@ -117,7 +117,8 @@ def test_mistakes_are_one_line_and_a_hint(
         raise FileNotFoundError("Failed to download")
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
-    refused(hmar(samples), "the weights of ViT-L-14 openai cannot be downloaded")
+    published = "the weights of ViT-L-14 openai cannot be downloaded from https://huggingface.co/timm/"
+    refused(hmar(samples), published)
     (samples / "000001.png").write_bytes(b"no image")
     result = hmar(samples, *small)
     assert result.stdout.startswith("4 images") and "warning: left out 1 images; image 1: " in result.stderr

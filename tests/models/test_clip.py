@@ -105,7 +105,7 @@ def test_a_tag_says_how_images_fit_and_is_downloaded_by_open_clip(
         raise FileNotFoundError("Failed to download file")
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
-    with pytest.raises(ConnectionError, match="pair fine cannot be downloaded: Failed"):
+    with pytest.raises(ConnectionError, match="pair fine cannot be downloaded from somewhere: Failed"):
         Clip.from_pretrained("pair", "fine")
 
 
