@@ -60,9 +60,24 @@ class Candidate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights' file."""
-        which = self.weights or self.checkpoint.weights[-1]
-        return file_sha256(self.checkpoint.folder / f"{which}.safetensors")
+        """SHA-256 of the weights' file.
+
+        Raises:
+            UserError: the checkpoint has no such weights.
+        """
+        return file_sha256(self.checkpoint.weights_file(self.weights))
+
+    def describe(self) -> dict[str, Any]:
+        """The model, for the record."""
+        return {
+            "name": self.name,
+            "checkpoint": str(self.checkpoint.folder),
+            "recipe": self.checkpoint.recipe.name,
+            "step": self.checkpoint.step,
+            "weights": self.checkpoint.weights_file(self.weights).stem,
+            "weights_sha256": self.fingerprint,
+            "tokenizer_hash": self.checkpoint.tokenizer_hash,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,8 +227,8 @@ def record(trial: Trial, judge: Judge, device: torch.device, shown: int) -> dict
     """All that the numbers, the speed and the shown images of a trial depend on, as JSON values."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about = {
-        "checkpoint": trial.candidate.fingerprint,
-        "tokenizer": trial.candidate.checkpoint.tokenizer_hash,
+        "weights_sha256": trial.candidate.fingerprint,
+        "tokenizer": trial.candidate.checkpoint.tokenizer_hash or str(trial.candidate.tokenizer),
         **trial.job.describe(),
         "precision": resolve_precision(device, trial.job.precision),
         "batch_size": trial.job.batch_size,

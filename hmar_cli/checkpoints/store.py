@@ -75,19 +75,30 @@ class Checkpoint:
         """Whether training can go on from here."""
         return (self.folder / "training" / "state.json").is_file()
 
-    def load(self, which: str = "") -> dict[str, Tensor]:
-        """Read weights on the CPU.
+    def weights_file(self, which: str = "") -> Path:
+        """The file of some weights.
 
         Args:
             which: "model", "ema", or "" for "ema" where it exists.
 
         Raises:
-            UserError: the checkpoint has no such weights, or their file is broken.
+            UserError: the checkpoint has no such weights.
         """
         which = which or ("ema" if "ema" in self.weights else "model")
         if which not in self.weights:
             raise UserError(f"{self.folder} has no weights '{which}'", f"it has {', '.join(self.weights)}")
-        return read_tensors(self.folder / f"{which}.safetensors")
+        return self.folder / f"{which}.safetensors"
+
+    def load(self, which: str = "") -> dict[str, Tensor]:
+        """Read weights on the CPU.
+
+        Args:
+            which: see `weights_file`.
+
+        Raises:
+            UserError: the checkpoint has no such weights, or their file is broken.
+        """
+        return read_tensors(self.weights_file(which))
 
     def parameters(self) -> int:
         """Count the numbers of the weights "model" by the head of their file, which is all that is read.

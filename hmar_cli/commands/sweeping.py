@@ -123,25 +123,44 @@ def carry_out(study: Study, chosen: Sequence[Entry], flags: Flags) -> None:
         print(json.dumps({"trials": planned}, indent=2))
         return
     begin(flags)
-    from hmar_cli.analysis.results import print_analysis, save_analysis
-    from hmar_cli.analysis.studies import spreads
     from hmar_cli.analysis.sweep import sweep
     from hmar_cli.launch import join_processes
-    from hmar_cli.report import labelled_grid
 
     judge = open_judge(study, flags, trials)
     out = flags.out or Path("analysis") / study.name
     outcomes = sweep(trials, judge, out, device=flags.device, shown=flags.shown)
-    if join_processes(flags.device).rank:
-        return
+    if join_processes(flags.device).rank == 0:
+        publish(study, judge, outcomes, out, flags)
+
+
+def publish(study: Study, judge: "Judge", outcomes: "Sequence[Outcome]", out: Path, flags: Flags) -> None:
+    """Write the files and print the table; where models were trained several times, also means and spreads."""
+    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.analysis.studies import TRAINING_SEED, spreads
+    from hmar_cli.commands.evaluating import versions
+    from hmar_cli.report import labelled_grid
+
     columns = judge.columns(flags.count)
     rows = [study.row(each) if study.row else each.row for each in outcomes]
-    summary = spreads(outcomes, list(columns)) if any(each.varied for each in chosen) else None
-    settings = {"judge": judge.describe(), "trials": [each.about for each in outcomes]}
+    repeated = any(each.trial.varied == TRAINING_SEED for each in outcomes)
+    summary = spreads(outcomes, list(columns)) if repeated else None
+    models = {each.trial.candidate.checkpoint.folder: each.trial.candidate for each in outcomes}
+    settings = {
+        "judge": judge.describe(),
+        "models": [each.describe() for each in models.values()],
+        "trials": [{key: value for key, value in each.about.items() if key != "judge"} for each in outcomes],
+        "versions": versions(),
+    }
     grid = labelled_grid({each.trial.title: list(each.shown) for each in outcomes})
     figure = study.draw(outcomes, columns)
     files = save_analysis(out, study.name, rows, settings, figure, grid=grid, summary=summary)
-    print_analysis(study.name, rows, settings, files, as_json=flags.as_json, summary=summary)
+    real = judge.reference
+    bad = (
+        [f"left out {real.unreadable} images of {real.source}; {real.error}"]
+        if real and real.unreadable
+        else []
+    )
+    print_analysis(study.name, rows, settings, files, as_json=flags.as_json, summary=summary, notes=bad)
 
 
 def rows_to_train(recipes: "Mapping[str, Recipe]", seeds: str, runs: Path) -> "dict[Entry, Recipe]":
@@ -230,6 +249,7 @@ def basis(entry: Entry, flags: Flags) -> "Trial":
         tokenizer=flags.tokenizer,
     )
     opened = order.checkpoint
+    opened.weights_file(flags.weights)  # a mistake shows before the reference is looked at
     return Trial(
         candidate=Candidate(
             name=entry.name, checkpoint=opened, weights=flags.weights, tokenizer=flags.tokenizer
@@ -363,13 +383,14 @@ def open_judge(study: Study, flags: Flags, trials: "Sequence[Trial]") -> "Judge"
         UserError: one of them cannot be had, or images of several sizes where the extractor takes any.
     """
     from hmar_cli.analysis.sweep import Judge
+    from hmar_cli.data.transforms import height_width
     from hmar_cli.evaluation.measures import needs_reference
     from hmar_cli.evaluation.references import open_reference
 
     metrics, extractor = open_extractor(study, flags)
-    sizes = list(dict.fromkeys(each.candidate.checkpoint.recipe.data.size for each in trials))
+    sizes = list(dict.fromkeys(height_width(each.candidate.checkpoint.recipe.data.size) for each in trials))
     if extractor.size is None and len(sizes) > 1:
-        drawn = ", ".join(map(str, sizes))
+        drawn = ", ".join(f"{width}x{height}" for height, width in sizes)
         raise UserError(f"the models draw images of several sizes: {drawn}", "measure them one by one")
     size, reference = extractor.size or sizes[0], None
     if needs_reference(metrics):

@@ -209,8 +209,9 @@ def test_the_files_hold_what_was_measured(world: Path, tmp_path: Path) -> None:
     assert [float(row[name]) for row in rows for name in names] == [
         each[name] for each in found["rows"] for name in names
     ]
-    about = written["settings"]["trials"][0]
-    assert about["judge"]["reference"]["source"] == REFERENCE and len(about["checkpoint"]) == 64
+    settings, about = written["settings"], written["settings"]["trials"][0]
+    assert settings["judge"]["reference"]["source"] == REFERENCE and len(about["weights_sha256"]) == 64
+    assert [each["recipe"] for each in settings["models"]] == ["mar-tiny", "himar-tiny"]
     assert about["steps"] == 2 and about["seed"] == 0 and about["precision"] == "fp32"
     with Image.open(tmp_path / "ablation-grid.png") as grid:
         assert grid.height == 2 * (64 + 4)  # a row a model
@@ -344,6 +345,8 @@ def test_an_ablation_trains_its_rows_and_keeps_them(world: Path, tmp_path: Path)
         (("guidance", "himar", "--vary", "cfg_schedule=steep"), "sample.cfg_schedule"),
         (("guidance", "var", "--metrics", "fid,psnr"), "no metric 'psnr'"),
         (("guidance", "var", "--labels", "zebra"), "no class 'zebra'"),
+        (("guidance", "var", "--weights", "ema"), "has no weights 'ema'"),
+        (("guidance", "var", "--extractor", "module:torch:nothing"), "nothing"),
         (("guidance", "nothing"), "no such checkpoint"),
         (("guidance", "judge"), "holds a classifier"),
         (("guidance", "var", "--extractor", "nowhere/"), "nowhere"),
