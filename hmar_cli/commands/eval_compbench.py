@@ -86,11 +86,14 @@ def compbench(
     """Draw and measure; the help text is `EXAMPLES`."""
     flags = {"top_k": None, "top_p": None, "refine_cfg": None, "schedule": "recipe", **locals()}
     given = drawing.given_settings(flags)
+    from hmar_cli.checkpoints.store import open_checkpoint
     from hmar_cli.evaluation.compbench import all_prompts, read_categories
     from hmar_cli.launch import check_device, delegate
 
     check_device(device)
     chosen = [part.strip() for part in categories.split(",") if part.strip()]
+    if open_checkpoint(checkpoint).recipe.text is None:
+        raise UserError(f"{checkpoint} reads no prompts", "give the checkpoint of a text model")
     groups = read_categories(prompts, chosen, limit)
     order = drawing.place_order(
         checkpoint,
@@ -242,9 +245,10 @@ def publish(report: "Report", out: Path, as_json: bool) -> None:
     for title in ("category", "prompts", "images", "measured here", ""):
         table.add_column(title, justify="right" if title in ("prompts", "images", "") else "left")
     for name, count in names.items():
-        rows = [number for key, number in report.metrics.items() if key.startswith(f"{name}.")]
-        head = (name, str(count), str(count * report.settings["per_prompt"]))
-        for place, number in enumerate(rows or [None]):
-            cells = (number.name, str(number)) if number else ("nothing", "")
+        head, rows = (name, str(count), str(count * report.settings["per_prompt"])), []
+        for key, number in report.metrics.items():
+            if key.startswith(f"{name}."):
+                rows.append((number.name, f"{number.value:.1%}" if "low" in number.more else str(number)))
+        for place, cells in enumerate(rows or [("nothing", "")]):
             table.add_row(*(head if not place else ("", "", "")), *cells)
     Console(highlight=False).print(table)

@@ -351,15 +351,18 @@ def print_report(report: "Report") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from hmar_cli.evaluation.reports import as_text
+
     images = report.settings["images"]
     sizes = ", ".join(
         f"{size}" + f" ({n})" * (len(images["sizes"]) > 1) for size, n in images["sizes"].items()
     )
     about = f"{report.subject['recipe']}, {images['count']} images of {report.subject['images']}, {sizes}"
     print(about)
+    width = max(len(number.name) for number in report.metrics.values())
     for key, number in report.metrics.items():
-        value = f"{number.value:.1%}" if key == "usage" else f"{number}{' dB' if key == 'psnr' else ''}"
-        print(f"{number.name:{max(len(each.name) for each in report.metrics.values())}}  {value}")
+        unit = " dB" if key == "psnr" else ""
+        print(f"{number.name:{width}}  {as_text(key, number)}{unit}")
     if not report.about["scales"]:
         return
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))

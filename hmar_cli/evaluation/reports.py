@@ -20,8 +20,15 @@ FORMAT, VERSION = "hmar-eval", 1
 
 HIGHER_IS_BETTER = measures.HIGHER_IS_BETTER | {"accuracy", "psnr", "ssim", "clip_score", "clip_cosine"}
 LOWER_IS_BETTER = {"fid", "sfid", "kid", "rfid", "l1", "lpips"}
-NO_REFERENCE = measures.WITHOUT_REFERENCE | {"accuracy"}
-"""Metrics of the measured images alone, which compare whatever the reference is."""
+OF_PICTURES = {"psnr", "ssim", "l1", "lpips", "usage", "latent_std", "posterior_std"}
+"""Metrics of a tokenizer that need no extractor."""
+
+INDEPENDENT = {
+    "reference": measures.WITHOUT_REFERENCE | {"accuracy"},
+    "extractor": OF_PICTURES,
+    "lpips": OF_PICTURES - {"lpips"} | {"rfid"},
+}
+"""Metrics that compare whatever a setting is."""
 
 SHARES = {"accuracy", "usage"}
 """Metrics that are shown in percent."""
@@ -159,9 +166,12 @@ def comparable_metrics(reports: Mapping[str, Report], wanted: Sequence[str] = ()
             )
     if not metrics:
         raise UserError(f"{names[0]} holds no metric", "measure some with `hmar eval samples`")
-    free = set(metrics) <= NO_REFERENCE
     kept = [
-        {key: value for key, value in report.settings.items() if not (free and key == "reference")}
+        {
+            key: value
+            for key, value in report.settings.items()
+            if not set(metrics) <= INDEPENDENT.get(key, set())
+        }
         for report in reports.values()
     ]
     if apart := differences(kept):

@@ -126,6 +126,8 @@ def test_mistakes_are_one_line_and_a_hint(
 ) -> None:
     refused(hmar("compbench", tmp_path / "nowhere", world / "prompts"), "no such checkpoint")
     refused(hmar("compbench", world / "model", tmp_path / "nowhere"), "no folder")
+    tokenizer = world / "tokenizers" / "model"
+    refused(hmar("compbench", tokenizer, world / "prompts"), "reads no prompts")
     refused(compbench(world, tmp_path / "out", "--categories", "shape"), "no shape_val.txt")
     refused(compbench(world, tmp_path / "out", "--clip", "ViT-L14"), "CLIP ViT-L14")
 

@@ -116,6 +116,9 @@ def test_two_tokenizers_compare_only_on_the_same_images(made: Path, tmp_path: Pa
     rows = json.loads(compare("msvq", "kl").stdout)["rows"]
     assert [row["metrics"]["psnr"]["name"] for row in rows] == ["PSNR", "PSNR"]
     refused(compare("msvq", "few"), "images.count is 4 and 3")
+    judged = ("--extractor", made / "judge", "--out", tmp_path / "judged.json")
+    found(made / "kl", SHAPES, "--count", 4, *judged)
+    assert compare("msvq", "judged").exit_code == 0  # PSNR and SSIM don't depend on the extractor
 
 
 def test_several_processes_find_what_one_finds(made: Path, tmp_path: Path) -> None:
