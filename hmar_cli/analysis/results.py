@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Cell = str | int | float | bool | None
 Row = Mapping[str, Cell]
 
-TABLE_WIDTH = 150
+TABLE_WIDTH = 400
 """Columns of a printed table where no terminal says how many there are."""
 
 

@@ -264,14 +264,13 @@ def draw_bars(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float
     for x, (title, several) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), x + 1)
         dress_axes(axes, "", title, "")
-        means = [mean(values) if values else math.nan for values in several]
-        bars = axes.barh(range(len(names)), means, height=0.6, color="#9db8d9")
-        for place, values in enumerate(several):
+        drawn = [(place, values) for place, values in enumerate(several) if values]
+        axes.barh([place for place, _ in drawn], [mean(v) for _, v in drawn], height=0.6, color="#9db8d9")
+        for place, values in drawn:
             if len(values) > 1:
                 axes.plot(values, [place] * len(values), "o", color="#1f4e79", markersize=3)
-        axes.bar_label(
-            bars, ["" if math.isnan(each) else f"{each:.4g}" for each in means], fontsize=7, padding=4
-        )
+            text, end = f"{mean(values):.4g}", (max(values), place)
+            axes.annotate(text, end, (5, 0), textcoords="offset points", va="center", fontsize=7)
         axes.set_yticks(range(len(names)), names if x == 0 else [""] * len(names))
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.margins(x=0.18)

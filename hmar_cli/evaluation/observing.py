@@ -8,6 +8,7 @@ Letters: N images of the set, B of a batch, H W rows and columns, F pooled featu
 
 import contextlib
 import hashlib
+import math
 import os
 import sys
 import time
@@ -178,7 +179,7 @@ def observe(
         looking.name_classes(tuple(dict.fromkeys(labels or ())))
         looking.found.source = name
         total = count or sys.maxsize
-        mine = None if share[1] > 1 or not count else count
+        mine = math.ceil(count / share[1]) if count else None  # about: batches may be of any size
         batches = _batches_of_tensors(source, total, looking.prepare, labels or (), share)
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
