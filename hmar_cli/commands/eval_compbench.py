@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hmar_cli.evaluation.compbench import Category
     from hmar_cli.evaluation.prompts import ClipJudge, PromptScores
     from hmar_cli.evaluation.reports import Measured, Report
+    from hmar_cli.launch import Place
 
 EXAMPLES = """
 Draw the images of T2I-CompBench (Huang et al. 2023) in the layout that its own evaluators read, and measure what can
@@ -167,7 +168,7 @@ def draw_and_measure(
     _, paths = read_samples(out / DRAWN)
     images = by_category(paths[: order.count], groups, per_prompt)
     lay_out(images, groups, out)
-    return make_report(order, groups, per_prompt, judge, scores, images, {**subject.about}, place.world)
+    return make_report(order, groups, per_prompt, judge, scores, images, dict(subject.about), place)
 
 
 def make_report(
@@ -178,7 +179,7 @@ def make_report(
     scores: "PromptScores",
     images: dict[str, list[Path]],
     subject: dict[str, Any],
-    processes: int,
+    place: "Place",
 ) -> "Report":
     """What was measured of each category."""
     import hashlib
@@ -203,7 +204,7 @@ def make_report(
         "per_prompt": per_prompt,
         "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    made_with = {"processes": processes, "versions": versions()}
+    made_with = {"device": str(place.device), "processes": place.world, "versions": versions()}
     return Report(metrics, settings, subject, {"clip_weights": (judge and judge.file) or None}, made_with)
 
 
