@@ -92,11 +92,10 @@ def settings_for(
     narrow, square = Setting(64, 32, 4, 3, bulk=True), Setting(64, 64, 4, 3, bulk=True)
     tall = Setting(128, 64, 4, 3, bulk=True)
     if normalized:
-        forward = replace(square, inline=True) if seen < 300 else replace(square, registers=128)
-        queries = replace(narrow, registers=128) if seen < 4000 else replace(square, registers=168)
-        return Settings(
-            forward if seen < 2000 else replace(tall, stages=4), queries, narrow if seen < 1000 else square
-        )
+        if seen < 300:
+            return Settings(replace(square, inline=True), replace(narrow, registers=128), narrow)
+        forward = replace(square, registers=128) if seen < 2000 else tall
+        return Settings(forward, replace(square, registers=168), narrow if seen < 1000 else square)
     forward = narrow if seen < 1000 else replace(square, stages=4) if seen < 2000 else tall
     keys = replace(narrow, registers=128) if seen < 1000 else replace(square, registers=168)
     return Settings(forward, narrow if seen < 600 else square, keys)
@@ -613,6 +612,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     *tensors, ctx.lengths, ctx.causal, ctx.softmax_scale, head_scale = inputs
     ctx.save_for_backward(*tensors, *output, head_scale)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for its gradient
 
 
 def _differentiate(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
