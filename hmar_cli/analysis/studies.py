@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from hmar_cli.analysis.results import Cell, Row
-from hmar_cli.analysis.sweep import SECONDS, Outcome
+from hmar_cli.analysis.sweep import SECONDS, Outcome, full_batch
 from hmar_cli.models.scales import Scales, Schedule, split_passes
 from hmar_cli.report import dress_axes, new_figure
 from hmar_cli.settings import MaskedAr, MaskedArSample, NextScale, Recipe, grid_name
@@ -222,7 +222,7 @@ def draw_speed(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "Figu
     figure = new_figure(5.2, 3.4 * len(columns))
     for y, (column, better) in enumerate(columns.items()):
         axes = figure.add_subplot(len(columns), 1, y + 1)
-        place = f"seconds per image (batch {job.batch_size}, {device})"
+        place = f"seconds per image (batch {full_batch(job)}, {device})"
         dress_axes(axes, "", place, f"{column} ({better})")
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

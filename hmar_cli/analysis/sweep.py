@@ -315,19 +315,24 @@ class Painter:
             images, _ = generate(self.model, self.tokenizer, job, indices, self.device)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            if len(indices) == job.batch_size:
+            if len(indices) == full_batch(job):
                 self.seconds.append(time.perf_counter() - start)
             yield torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)  # B H W 3 -> B 3 H W
 
     def speed(self, job: Job) -> dict[str, Cell]:
         """Seconds an image and its inverse, of this process alone, by the median full batch after the first.
 
-        The first loads kernels; with no second one it is that one, with none that is full there is nothing to say.
+        The first loads kernels; with no second one it is that one. A process that drew none has nothing to say.
         """
         if not self.seconds:
             return {SECONDS: None, RATE: None}
-        seconds = median(self.seconds[1:] or self.seconds) / job.batch_size
+        seconds = median(self.seconds[1:] or self.seconds) / full_batch(job)
         return {SECONDS: seconds, RATE: 1 / seconds}
+
+
+def full_batch(job: Job) -> int:
+    """Images of every batch of a job but the last."""
+    return min(job.batch_size, job.count)
 
 
 def measure_trial(

@@ -149,7 +149,7 @@ def test_speed_is_metric_against_seconds() -> None:
         "himar, autoregressive steps (of phase 2)": [(0.1, 9), (0.4, 6)],
         "var": [(0.05, 3)],
     }
-    assert panel.get_xlabel() == "seconds per image (batch 128, NVIDIA H100)"
+    assert panel.get_xlabel() == "seconds per image (batch 64, NVIDIA H100)"  # all 64 images
     assert [text.get_text() for text in panel.texts] == ["1", "4", ""]
 
 
@@ -180,9 +180,10 @@ def test_an_ablation_shows_means_and_every_seed() -> None:
 
 def test_speed_is_the_median_batch_after_the_first() -> None:
     job = outcome("x", "", None, 1.0).trial.job
-    painter = Painter(None, None, None, torch.device("cpu"), [128.0, 12.8, 25.6, 38.4])  # type: ignore[arg-type]
+    painter = Painter(None, None, None, torch.device("cpu"), [64.0, 6.4, 12.8, 19.2])  # type: ignore[arg-type]
     assert painter.speed(job) == {SECONDS: pytest.approx(0.2), RATE: pytest.approx(5.0)}
     painter.seconds = [64.0]
-    assert painter.speed(job)[SECONDS] == 0.5
+    assert painter.speed(job)[SECONDS] == 1.0
+    assert painter.speed(replace(job, batch_size=32))[SECONDS] == 2.0
     painter.seconds = []
     assert painter.speed(job) == {SECONDS: None, RATE: None}

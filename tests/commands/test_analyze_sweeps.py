@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from hmar_cli.analysis import sweep
 from hmar_cli.app import app
 from hmar_cli.builders import build_image_network
-from hmar_cli.checkpoints.store import save_checkpoint
+from hmar_cli.checkpoints.store import read_tensors, save_checkpoint, write_tensors
 from hmar_cli.data.shapes import SHAPES
 from hmar_cli.recipe import load_recipe
 from hmar_cli.settings import Recipe
@@ -265,6 +266,20 @@ def test_what_was_measured_is_not_drawn_again(
     drawn.clear()
     analyze(world, "guidance", "mar", tmp_path, *flags, "--vary", "cfg=1", "--seed", 1)
     assert drawn == [1.0, 1.0]
+
+
+def test_other_weights_in_the_same_place_are_measured_anew(world: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world / "mar", model)
+    flags = (*judged(world), "--out", tmp_path / "out", "--count", 6, "--metrics", "fid")
+    before = hmar("analyze", "ablation", model, *flags)
+    weights = read_tensors(model / "model.safetensors")
+    write_tensors(model / "model.safetensors", {name: each + 0.2 for name, each in weights.items()})
+    after = hmar("analyze", "ablation", model, *flags)
+    assert before.exit_code == after.exit_code == 0, after.output
+    name = "FID[classifier-tiny]-6"
+    first, second = (json.loads(result.stdout)["rows"][0][name] for result in (before, after))
+    assert first != second
 
 
 def test_a_sweep_that_was_stopped_keeps_its_finished_trials(
