@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hmar_cli.commands import drawing, sweeping
-from hmar_cli.commands.flags import with_flags
+from hmar_cli.commands.flags import given, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -162,18 +162,6 @@ class Looking:
     ] = ""
     extractor_weights: Annotated[Path | None, typer.Option(help="Local file of its weights.")] = None
     shown: Annotated[int, typer.Option(min=1, max=64, help="Images in a row of the grid.")] = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampler:
-    """How VAR and HMAR draw; each field is a flag."""
-
-    cfg: drawing.Cfg = None
-    top_k: drawing.TopK = None
-    top_p: drawing.TopP = None
-    schedule: drawing.SchedulePasses = "recipe"
-    refine_cfg: drawing.RefineCfg = None
-    precision: drawing.Precision = "auto"
 
 
 def register(app: typer.Typer) -> None:
@@ -371,14 +359,14 @@ def teacher_forcing(
     checkpoints: Checkpoints,
     data: Pictures,
     flags: Flags,
-    sampler: Sampler,
+    sampler: drawing.NextScaleSampler,
     looking: Looking,
     count: Count = 200,
+    precision: drawing.Precision = "auto",
 ) -> None:
     """Draw Fig. 17; the help text is `TEACHER_FORCING`."""
-    given = drawing.given_settings({**dict.fromkeys(drawing.SETTINGS), **asdict(sampler)})
     subjects = load_subjects(checkpoints, flags)
-    samplers = [next_scale_settings(subject, given) for subject in subjects]
+    samplers = [next_scale_settings(subject, given(sampler)) for subject in subjects]
     from hmar_cli.analysis import reconstruction
 
     held_out = read_pictures(subjects, data, flags, count)
@@ -386,7 +374,7 @@ def teacher_forcing(
         version
         for subject, settings in zip(subjects, samplers, strict=True)
         for version in reconstruction.known_scales(
-            subject, held_out, settings, seed=flags.seed, precision=sampler.precision
+            subject, held_out, settings, seed=flags.seed, precision=precision
         )
     ]
     judge, rows, tiles = compare(subjects, held_out, versions, flags, looking)
@@ -398,7 +386,7 @@ def teacher_forcing(
         "held_out": held_out.about,
         "extractor": judge,
         "seed": flags.seed,
-        "precision": sampler.precision,
+        "precision": precision,
     }
     figure = reconstruction.known_scales_figure(rows, subjects[0].model.scales)
     finish("teacher-forcing", flags, rows, about, figure, tiles=tiles)
@@ -435,11 +423,11 @@ def half_masked(
     finish("half-masked", flags, rows, about, reconstruction.half_masked_figure(rows), tiles=tiles)
 
 
-def next_scale_settings(subject: "Subject", given: dict[str, Any]) -> "NextScaleSample":
+def next_scale_settings(subject: "Subject", asked: dict[str, Any]) -> "NextScaleSample":
     """How a VAR or HMAR samples: by its recipe, but for the flags that were given."""
     from hmar_cli.settings import NextScaleSample
 
-    settings = drawing.resolve(subject.checkpoint, given)
+    settings = drawing.resolve(subject.checkpoint, asked)
     assert isinstance(settings, NextScaleSample)
     return settings
 

@@ -63,7 +63,7 @@ def tokenizers(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
     shown: Annotated[int, typer.Option(min=1, max=64, help="Images of each set in the grid.")] = 8,
     device: drawing.Device = "",
-    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0,
+    launch: drawing.Launch = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the files. [default: analysis/tokenizers]")
     ] = None,

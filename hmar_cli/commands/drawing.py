@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,24 +26,6 @@ MASKED_PANEL = "MAR, Hi-MAR"
 FAST_STEPS, SLOW_STEPS = (20, 20), (250, 100)
 """Steps of the dense and the pivot head with "ddim" or "dpm++", and with "ddpm", where the recipe has the other."""
 
-SETTINGS = (
-    "cfg",
-    "top_k",
-    "top_p",
-    "refine_cfg",
-    "schedule",
-    "steps",
-    "pivot_steps",
-    "pivot_cfg",
-    "cfg_schedule",
-    "pivot_cfg_schedule",
-    "temperature",
-    "head_sampler",
-    "head_steps",
-    "pivot_head_steps",
-)
-"""Flags that are settings of a sampler."""
-
 Checkpoint = Annotated[Path, typer.Option(help="Checkpoint or run folder.")]
 Prompt = Annotated[list[str] | None, typer.Option(help="Text of an image, for text models; may be repeated.")]
 TextWeights = Annotated[
@@ -51,81 +33,136 @@ TextWeights = Annotated[
     typer.Option(help="File of CLIP's weights, where the recipe's tag or file is not at hand."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Of all random numbers.")]
-Cfg = Annotated[
-    float | None,
-    typer.Option(min=0, help="Guidance. VAR, HMAR: at the last scale, 0 is none. MAR, Hi-MAR: 1 is none."),
-]
-TopK = Annotated[
-    int | None, typer.Option(min=0, rich_help_panel=NEXT_SCALE_PANEL, help="Candidates kept, 0 all.")
-]
-TopP = Annotated[
-    float | None, typer.Option(min=0, max=1, rich_help_panel=NEXT_SCALE_PANEL, help="Mass kept, 0 all.")
-]
-SchedulePasses = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel=NEXT_SCALE_PANEL,
-        help="Refinement: recipe, none, single, passes per scale (1,2,4,1), or JSON.",
-    ),
-]
-RefineCfg = Annotated[
-    float | None, typer.Option(min=0, rich_help_panel=NEXT_SCALE_PANEL, help="Guidance in refinement.")
-]
-Steps = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=MASKED_PANEL, help="Steps of phase 2, or of MAR.")
-]
-PivotSteps = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=MASKED_PANEL, help="Steps of phase 1.")
-]
-PivotCfg = Annotated[
-    float | None,
-    typer.Option(min=0, rich_help_panel=MASKED_PANEL, help="Guidance of phase 1; 1 is none."),
-]
-CfgSchedule = Annotated[
-    Literal["linear", "constant"] | None,
-    typer.Option(rich_help_panel=MASKED_PANEL, help="How guidance grows with the share of known tokens."),
-]
-PivotCfgSchedule = Annotated[
-    Literal["linear", "constant"] | None,
-    typer.Option(rich_help_panel=MASKED_PANEL, help="The same in phase 1."),
-]
-Temperature = Annotated[
-    float | None, typer.Option(min=0, rich_help_panel=MASKED_PANEL, help="Factor of ddpm's noise.")
-]
-HeadSampler = Annotated[
-    Literal["ddpm", "ddim", "dpm++"] | None,
-    typer.Option(rich_help_panel=MASKED_PANEL, help="Diffusion sampler of the heads."),
-]
-HeadSteps = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=1000,
-        rich_help_panel=MASKED_PANEL,
-        help="Its steps. [default: the recipe's; 20 where that has ddpm]",
-    ),
-]
-PivotHeadSteps = Annotated[
-    int | None, typer.Option(min=1, max=1000, rich_help_panel=MASKED_PANEL, help="The same in phase 1.")
-]
 BatchSize = Annotated[int, typer.Option(min=0, help="Images at once; 0 is the recipe's.")]
 Weights = Annotated[str, typer.Option(help="model or ema. [default: ema where it exists]")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Tokenizer, where the checkpoint carries none.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")]
 Precision = Annotated[str, typer.Option(help="auto (bf16 on a GPU), bf16 or fp32.")]
+Launch = Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 
-def given_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a command's arguments those that set a sampler and were given, by the names of the settings.
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """The setting that samplers of all families have."""
 
-    Args:
-        flags: all of the command's arguments, as `locals()` has them.
-    """
-    given = {name: flags[name] for name in SETTINGS if flags[name] is not None}
-    if given["schedule"] == "recipe":
-        del given["schedule"]
-    return given
+    cfg: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Guidance. VAR, HMAR: at the last scale, 0 is none. MAR, Hi-MAR: 1 is none."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextScaleSampler(Guidance):
+    """How VAR and HMAR draw; what is not given is the recipe's."""
+
+    top_k: Annotated[
+        int | None, typer.Option(min=0, rich_help_panel=NEXT_SCALE_PANEL, help="Candidates kept, 0 all.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(min=0, max=1, rich_help_panel=NEXT_SCALE_PANEL, help="Mass kept, 0 all.")
+    ] = None
+    schedule: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=NEXT_SCALE_PANEL,
+            help="Refinement: recipe, none, single, passes per scale (1,2,4,1), or JSON.",
+        ),
+    ] = "recipe"
+    refine_cfg: Annotated[
+        float | None, typer.Option(min=0, rich_help_panel=NEXT_SCALE_PANEL, help="Guidance in refinement.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedSampler(Guidance):
+    """How MAR and Hi-MAR draw; what is not given is the recipe's."""
+
+    steps: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=MASKED_PANEL, help="Steps of phase 2, or of MAR.")
+    ] = None
+    pivot_steps: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=MASKED_PANEL, help="Steps of phase 1.")
+    ] = None
+    pivot_cfg: Annotated[
+        float | None,
+        typer.Option(min=0, rich_help_panel=MASKED_PANEL, help="Guidance of phase 1; 1 is none."),
+    ] = None
+    cfg_schedule: Annotated[
+        Literal["linear", "constant"] | None,
+        typer.Option(rich_help_panel=MASKED_PANEL, help="How guidance grows with the share of known tokens."),
+    ] = None
+    pivot_cfg_schedule: Annotated[
+        Literal["linear", "constant"] | None,
+        typer.Option(rich_help_panel=MASKED_PANEL, help="The same in phase 1."),
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(min=0, rich_help_panel=MASKED_PANEL, help="Factor of ddpm's noise.")
+    ] = None
+    head_sampler: Annotated[
+        Literal["ddpm", "ddim", "dpm++"] | None,
+        typer.Option(rich_help_panel=MASKED_PANEL, help="Diffusion sampler of the heads."),
+    ] = None
+    head_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1000,
+            rich_help_panel=MASKED_PANEL,
+            help="Its steps. [default: the recipe's; 20 where that has ddpm]",
+        ),
+    ] = None
+    pivot_head_steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, rich_help_panel=MASKED_PANEL, help="The same in phase 1.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(MaskedSampler, NextScaleSampler):
+    """How models of any family draw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What images are of."""
+
+    labels: Annotated[
+        str, typer.Option(help="Classes by index or name, as 3,7 or cat,ship. [default: all]")
+    ] = ""
+    prompt: Prompt = None
+    prompt_file: Annotated[Path | None, typer.Option(help="File with a prompt on every line.")] = None
+
+    def prompts(self) -> list[str]:
+        """The prompts of the flags and of the file.
+
+        Raises:
+            UserError: a file that cannot be read, or holds none.
+        """
+        texts, file = list(self.prompt or []), self.prompt_file
+        if file is None:
+            return texts
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"cannot read {file}: {error}", "give a text file with a prompt on every line"
+            ) from error
+        if not any(lines):
+            raise UserError(f"{file} holds no prompt", "write one on every line")
+        return texts + [line for line in lines if line]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Which weights draw, how and by which random numbers."""
+
+    seed: Seed = 0
+    weights: Weights = ""
+    tokenizer: Tokenizer = None
+    text_weights: TextWeights = None
+    precision: Precision = "auto"
 
 
 def parse_labels(text: str, class_names: tuple[str, ...]) -> list[int]:
@@ -201,26 +238,6 @@ def conditions_for(
         return Labels(tuple(classes))
     # an encoder for the device of this process, made once
     return Prompts(tuple(prompts), functools.cache(functools.partial(caption_encoder, text)))
-
-
-def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
-    """Collect the prompts of the flags and of the file, which has one a line.
-
-    Raises:
-        UserError: a file that cannot be read, or holds none.
-    """
-    if file is None:
-        return prompts
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read {file}: {error}", "give a text file with a prompt on every line"
-        ) from error
-    found = [line for line in lines if line]
-    if not found:
-        raise UserError(f"{file} holds no prompt", "write one on every line")
-    return [*prompts, *found]
 
 
 def text_settings(checkpoint: "store.Checkpoint", weights: Path | None) -> "ClipText | JointText | None":
@@ -325,29 +342,23 @@ class Order:
 
     Attributes:
         checkpoint: what draws them.
+        loading: with which weights, and how.
         settings: of the sampler.
         text: what reads the prompts of a text model.
         classes: image i is of class i, modulo their number.
         prompts: the same for a text model.
         count: images in all.
-        seed: of all random numbers.
         batch_size: images at once.
-        precision: "auto", "bf16" or "fp32".
-        weights: "model", "ema" or "" for "ema" where it exists.
-        tokenizer: where it lies, if not in the checkpoint.
     """
 
     checkpoint: "store.Checkpoint"
+    loading: Loading
     settings: "NextScaleSample | MaskedArSample"
     text: "ClipText | JointText | None"
     classes: Sequence[int]
     prompts: Sequence[str]
     count: int
-    seed: int
     batch_size: int
-    precision: str
-    weights: str
-    tokenizer: Path | None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -362,9 +373,9 @@ class Order:
             settings=self.settings,
             conditions=conditions_for(self.text, list(self.classes), list(self.prompts)),
             count=self.count,
-            seed=self.seed,
+            seed=self.loading.seed,
             batch_size=self.batch_size,
-            precision=self.precision,
+            precision=self.loading.precision,
         )
 
     def load(self) -> "tuple[Model, Codec, dict[str, Any]]":
@@ -376,12 +387,13 @@ class Order:
         from hmar_cli.builders import load_model
         from hmar_cli.files import file_sha256
 
-        model, codec, checkpoint = load_model(self.checkpoint.folder, self.weights, self.tokenizer)
-        which = self.weights or checkpoint.weights[-1]
+        which = self.loading.weights
+        model, codec, checkpoint = load_model(self.checkpoint.folder, which, self.loading.tokenizer)
+        weights = checkpoint.weights_file(which)
         about = {
             "checkpoint": str(checkpoint.folder),
-            "weights": which,
-            "weights_sha256": file_sha256(checkpoint.folder / f"{which}.safetensors"),
+            "weights": weights.stem,
+            "weights_sha256": file_sha256(weights),
             "tokenizer_hash": checkpoint.tokenizer_hash or codec.fingerprint(),
             **({} if self.prompts else {"class_names": list(self.class_names)}),
         }
@@ -391,31 +403,23 @@ class Order:
 def place_order(
     checkpoint: Path,
     given: dict[str, Any],
+    loading: Loading,
     *,
     labels: str,
     prompts: list[str],
-    text_weights: Path | None,
     count: int,
-    seed: int,
     batch_size: int,
-    precision: str,
-    weights: str,
-    tokenizer: Path | None,
 ) -> Order:
     """Check what a command's flags ask of a checkpoint, and complete them by its recipe.
 
     Args:
         checkpoint: a checkpoint or run folder.
-        given: settings of the sampler, see `given_settings`.
+        given: settings of the sampler that are not the recipe's.
+        loading: with which weights, and how.
         labels: classes by name or index, such as "3,cat"; empty for all.
         prompts: texts, for a model that reads them.
-        text_weights: a file of its frozen tower.
         count: images in all; 0 is one a class or prompt.
-        seed: of all random numbers.
         batch_size: images at once; 0 is the recipe's.
-        precision: see `Order`.
-        weights: see `Order`.
-        tokenizer: see `Order`.
 
     Raises:
         UserError: no such checkpoint, or flags that it cannot follow.
@@ -425,18 +429,14 @@ def place_order(
     source = open_checkpoint(checkpoint)
     settings = resolve(source, given)
     check_condition(source, labels, prompts)
-    text = text_settings(source, text_weights)
     classes = [] if prompts else parse_labels(labels, source.class_names)
     return Order(
         checkpoint=source,
+        loading=loading,
         settings=settings,
-        text=text,
+        text=text_settings(source, loading.text_weights),
         classes=classes,
         prompts=prompts,
         count=count or len(prompts) or len(classes),
-        seed=seed,
         batch_size=batch_size or source.recipe.sample.batch_size,
-        precision=precision,
-        weights=weights,
-        tokenizer=tokenizer,
     )

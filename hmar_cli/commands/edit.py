@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hmar_cli.commands import drawing
+from hmar_cli.commands.flags import given, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,9 +47,12 @@ def register(app: typer.Typer) -> None:
     app.command("edit", help=EXAMPLES)(edit)
 
 
+@with_flags
 def edit(
     ctx: typer.Context,
     checkpoint: drawing.Checkpoint,
+    sampler: drawing.Sampler,
+    loading: drawing.Loading,
     picture: Annotated[Path | None, typer.Argument(help="A picture, or a folder of pictures.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("edits"),
     inpaint: Annotated[bool, typer.Option("--inpaint", help="Draw a region anew.")] = False,
@@ -61,7 +65,6 @@ def edit(
         str, typer.Option("--label", "--labels", help="Class by index or name; of several, one a variation.")
     ] = "",
     prompt: drawing.Prompt = None,
-    text_weights: drawing.TextWeights = None,
     box: Annotated[
         list[str] | None,
         typer.Option(
@@ -143,26 +146,8 @@ def edit(
     match_colours: Annotated[
         bool, typer.Option(" /--no-match-colours", help="Leave the tokenizer's shift of colours in.")
     ] = True,
-    seed: drawing.Seed = 0,
-    cfg: drawing.Cfg = None,
-    top_k: drawing.TopK = None,
-    top_p: drawing.TopP = None,
-    schedule: drawing.SchedulePasses = "recipe",
-    refine_cfg: drawing.RefineCfg = None,
-    steps: drawing.Steps = None,
-    pivot_steps: drawing.PivotSteps = None,
-    pivot_cfg: drawing.PivotCfg = None,
-    cfg_schedule: drawing.CfgSchedule = None,
-    pivot_cfg_schedule: drawing.PivotCfgSchedule = None,
-    temperature: drawing.Temperature = None,
-    head_sampler: drawing.HeadSampler = None,
-    head_steps: drawing.HeadSteps = None,
-    pivot_head_steps: drawing.PivotHeadSteps = None,
     batch_size: drawing.BatchSize = 0,
-    weights: drawing.Weights = "",
-    tokenizer: drawing.Tokenizer = None,
     device: drawing.Device = "",
-    precision: drawing.Precision = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the region as the model would see it, and stop.")
     ] = False,
@@ -182,15 +167,13 @@ def edit(
     ] = 7860,
 ) -> None:
     """Edit pictures; the help text is `EXAMPLES`."""
-    given = drawing.given_settings(locals())
+    asked, seed = given(sampler), loading.seed
     if serve:
         check_served(ctx)
         from hmar_cli import serving
 
         serving.check_installed()
-        studio = open_studio(
-            checkpoint, given, strength, keep_scales, text_weights, weights, tokenizer, device, precision
-        )
+        studio = open_studio(checkpoint, asked, loading, strength, keep_scales, device)
         first = serving.Start(strength or 1.0, variations, seed, feather, match_colours)
         serving.serve(studio, first, host, port)
         return
@@ -210,15 +193,15 @@ def edit(
 
     check_device(device)
     source = open_checkpoint(checkpoint)
-    conditioned = check_condition(source, kind, label, prompt or [], given)
-    settings = drawing.resolve(source, given)
+    conditioned = check_condition(source, kind, label, prompt or [], asked)
+    settings = drawing.resolve(source, asked)
     chosen = edit_settings(source.recipe.tokenizer, request.whole, strength, keep_scales)
-    text = drawing.text_settings(source, text_weights)
+    text = drawing.text_settings(source, loading.text_weights)
     from hmar_cli.builders import load_model
     from hmar_cli.pictures.painter import ModelPainter, without_condition
     from hmar_cli.pictures.run import Run
 
-    model, codec, _ = load_model(checkpoint, weights, tokenizer)
+    model, codec, _ = load_model(checkpoint, loading.weights, loading.tokenizer)
     place = _place(device)
     conditions = None
     if conditioned:
@@ -227,13 +210,13 @@ def edit(
     else:
         settings = without_condition(settings)
     painter = ModelPainter(
-        model.to(place), codec.to(place), conditions, settings, chosen, seed=seed, precision=precision
+        model.to(place), codec.to(place), conditions, settings, chosen, seed=seed, precision=loading.precision
     )
     if erase is None:
         erase = erases(chosen, request.whole)
     about = {
         "checkpoint": str(source.folder),
-        "weights": weights or source.weights[-1],
+        "weights": source.weights_file(loading.weights).stem,
         "tokenizer_hash": source.tokenizer_hash or codec.fingerprint(),
         **request.describe(),
         **asdict(chosen),
@@ -251,15 +234,17 @@ def edit(
 
 SERVED = {
     "checkpoint",
-    "text_weights",
     "feather",
     "strength",
     "keep_scales",
     "variations",
     "match_colours",
-    "seed",
+    "device",
+    "serve",
+    "host",
+    "port",
+    *(each.name for group in (drawing.Sampler, drawing.Loading) for each in fields(group)),
 }
-SERVED |= {"weights", "tokenizer", "device", "precision", "serve", "host", "port", *drawing.SETTINGS}
 """Flags that go with --serve."""
 
 
@@ -281,14 +266,11 @@ def check_served(ctx: typer.Context) -> None:
 
 def open_studio(
     checkpoint: Path,
-    given: dict[str, Any],
+    asked: dict[str, Any],
+    loading: drawing.Loading,
     strength: float | None,
     keep_scales: int | None,
-    text_weights: Path | None,
-    weights: str,
-    tokenizer: Path | None,
     device: str,
-    precision: str,
 ) -> "Studio":
     """Load a model for the page.
 
@@ -304,12 +286,12 @@ def open_studio(
 
     check_device(device)
     source = open_checkpoint(checkpoint)
-    settings = drawing.resolve(source, given)
+    settings = drawing.resolve(source, asked)
     chosen = edit_settings(source.recipe.tokenizer, False, strength, keep_scales)
-    text = drawing.text_settings(source, text_weights)
+    text = drawing.text_settings(source, loading.text_weights)
     prompts = drawing.conditions_for(text, [], []) if text else None
     assert prompts is None or isinstance(prompts, Prompts)
-    model, codec, _ = load_model(checkpoint, weights, tokenizer)
+    model, codec, _ = load_model(checkpoint, loading.weights, loading.tokenizer)
     place = _place(device)
     return Studio(
         name=checkpoint.resolve().name,
@@ -321,7 +303,7 @@ def open_studio(
         keep_scales=chosen.keep_scales,
         whole_strength=WHOLE_STRENGTH,
         together=4 if place.type == "cuda" else 1,  # alone the first comes sooner
-        precision=precision,
+        precision=loading.precision,
     )
 
 

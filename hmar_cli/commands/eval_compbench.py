@@ -8,6 +8,7 @@ import typer
 
 from hmar_cli.commands import drawing
 from hmar_cli.commands.eval_prompts import ClipWeights
+from hmar_cli.commands.flags import given, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,41 +53,27 @@ def register(app: typer.Typer) -> None:
     app.command("compbench", help=EXAMPLES)(compbench)
 
 
+@with_flags
 def compbench(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint or run of a text model.", show_default=False)
     ],
     prompts: Annotated[Path, typer.Argument(help="Folder of *_val.txt.", show_default=False)],
+    sampler: drawing.MaskedSampler,
+    loading: drawing.Loading,
     out: Annotated[Path, typer.Option(help="Folder for images and report.")] = Path("compbench"),
     categories: Annotated[str, typer.Option(help="Such as color,spatial. [default: all files]")] = "",
     per_prompt: Annotated[int, typer.Option(min=1, help="Images of a prompt.")] = 10,
     limit: Annotated[int, typer.Option(min=0, help="Of each category's first prompts; 0 is all.")] = 0,
     clip: Annotated[str, typer.Option(help="Model of open_clip: TOWER/TAG, or none.")] = "ViT-B-32/openai",
     clip_weights: ClipWeights = None,
-    text_weights: drawing.TextWeights = None,
-    seed: drawing.Seed = 0,
-    cfg: drawing.Cfg = None,
-    steps: drawing.Steps = None,
-    pivot_steps: drawing.PivotSteps = None,
-    pivot_cfg: drawing.PivotCfg = None,
-    cfg_schedule: drawing.CfgSchedule = None,
-    pivot_cfg_schedule: drawing.PivotCfgSchedule = None,
-    temperature: drawing.Temperature = None,
-    head_sampler: drawing.HeadSampler = None,
-    head_steps: drawing.HeadSteps = None,
-    pivot_head_steps: drawing.PivotHeadSteps = None,
     batch_size: drawing.BatchSize = 0,
-    weights: drawing.Weights = "",
-    tokenizer: drawing.Tokenizer = None,
     device: drawing.Device = "",
-    precision: drawing.Precision = "auto",
-    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0,
+    launch: drawing.Launch = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be drawn, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Draw and measure; the help text is `EXAMPLES`."""
-    flags = {"top_k": None, "top_p": None, "refine_cfg": None, "schedule": "recipe", **locals()}
-    given = drawing.given_settings(flags)
     from hmar_cli.checkpoints.store import open_checkpoint
     from hmar_cli.evaluation.compbench import all_prompts, read_categories
     from hmar_cli.launch import check_device, delegate
@@ -98,16 +85,12 @@ def compbench(
     groups = read_categories(prompts, chosen, limit)
     order = drawing.place_order(
         checkpoint,
-        given,
+        given(sampler),
+        loading,
         labels="",
         prompts=all_prompts(groups),
-        text_weights=text_weights,
         count=per_prompt * len(all_prompts(groups)),
-        seed=seed,
         batch_size=batch_size,
-        precision=precision,
-        weights=weights,
-        tokenizer=tokenizer,
     )
     if dry_run:
         print(json.dumps(planned(order, groups, per_prompt, out), indent=2, ensure_ascii=False))
@@ -128,7 +111,7 @@ def planned(order: "Order", groups: "list[Category]", per_prompt: int, out: Path
         "per_prompt": per_prompt,
         "images": order.count,
         "folders": [str(out / group.name / "samples") for group in groups],
-        "sampling": {**asdict(order.settings), "seed": order.seed},
+        "sampling": {**asdict(order.settings), "seed": order.loading.seed},
     }
 
 

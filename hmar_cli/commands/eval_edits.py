@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hmar_cli.commands import drawing
+from hmar_cli.commands.flags import given, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,10 +48,13 @@ def register(app: typer.Typer) -> None:
     app.command("edits", help=EXAMPLES)(edits)
 
 
+@with_flags
 def edits(
     source: Annotated[str, typer.Argument(help="Source of images.", show_default=False)],
     checkpoint: drawing.Checkpoint,
     extractor: Annotated[Path, typer.Option(help="Checkpoint of a classifier.", show_default=False)],
+    sampler: drawing.Sampler,
+    loading: drawing.Loading,
     count: Annotated[int, typer.Option(min=2, help="Of the source's first images.")] = 300,
     masks: Annotated[str, typer.Option(help="Of centre, half and free-form, by commas. [default: all]")] = "",
     labels: Annotated[
@@ -69,31 +73,12 @@ def edits(
     ] = True,
     grid: Annotated[Path | None, typer.Option(help="PNG file for some pictures and their fills.")] = None,
     shown: Annotated[int, typer.Option(min=1, max=64, help="Pictures of each mask in it.")] = 6,
-    text_weights: drawing.TextWeights = None,
-    seed: drawing.Seed = 0,
-    cfg: drawing.Cfg = None,
-    top_k: drawing.TopK = None,
-    top_p: drawing.TopP = None,
-    schedule: drawing.SchedulePasses = "recipe",
-    refine_cfg: drawing.RefineCfg = None,
-    steps: drawing.Steps = None,
-    pivot_steps: drawing.PivotSteps = None,
-    pivot_cfg: drawing.PivotCfg = None,
-    cfg_schedule: drawing.CfgSchedule = None,
-    pivot_cfg_schedule: drawing.PivotCfgSchedule = None,
-    temperature: drawing.Temperature = None,
-    head_sampler: drawing.HeadSampler = None,
-    head_steps: drawing.HeadSteps = None,
-    pivot_head_steps: drawing.PivotHeadSteps = None,
     batch_size: drawing.BatchSize = 0,
-    weights: drawing.Weights = "",
-    tokenizer: drawing.Tokenizer = None,
     device: drawing.Device = "",
-    precision: drawing.Precision = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every setting.")] = False,
 ) -> None:
     """Measure fills; the help text is `EXAMPLES`."""
-    given = drawing.given_settings(locals())
+    asked, seed = given(sampler), loading.seed
     from hmar_cli.checkpoints.store import open_checkpoint
     from hmar_cli.launch import check_device
     from hmar_cli.pictures.request import edit_settings, erases
@@ -101,10 +86,10 @@ def edits(
     check_device(device)
     wanted = read_masks(masks)
     opened = open_checkpoint(checkpoint)
-    settings = drawing.resolve(opened, given)
+    settings = drawing.resolve(opened, asked)
     chosen = edit_settings(opened.recipe.tokenizer, False, strength, keep_scales)
     if labels == "none" and (
-        guides := [name for name in ("cfg", "pivot_cfg", "refine_cfg") if name in given]
+        guides := [name for name in ("cfg", "pivot_cfg", "refine_cfg") if name in asked]
     ):
         raise UserError(
             f"--{guides[0].replace('_', '-')} guides towards a class, and --labels is none", "leave one out"
@@ -118,11 +103,11 @@ def edits(
     from hmar_cli.pictures.painter import ModelPainter, without_condition
     from hmar_cli.sampling.editing import model_size
 
-    model, codec, _ = load_model(checkpoint, weights, tokenizer)
+    model, codec, _ = load_model(checkpoint, loading.weights, loading.tokenizer)
     network, judge = load_classifier(extractor)
     size = model_size(model, codec)
     held_out = read_held_out(open_source(source, size=size), size, count)
-    conditions = None if labels == "none" else own_conditions(opened, held_out, text_weights)
+    conditions = None if labels == "none" else own_conditions(opened, held_out, loading.text_weights)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     painter = ModelPainter(
         model.to(place),
@@ -131,7 +116,7 @@ def edits(
         settings if conditions else without_condition(settings),
         chosen,
         seed=seed,
-        precision=precision,
+        precision=loading.precision,
     )
     erased = erases(chosen, whole=False) if erase is None else erase
     together = batch_size or opened.recipe.sample.batch_size
@@ -158,7 +143,7 @@ def edits(
         "checkpoint": str(opened.folder),
         "recipe": opened.recipe.name,
         "parameters": sum(each.numel() for each in model.parameters()),
-        "weights": weights or opened.weights[-1],
+        "weights": opened.weights_file(loading.weights).stem,
         "tokenizer_hash": opened.tokenizer_hash or codec.fingerprint(),
         "labels": labels,
         **asdict(chosen),

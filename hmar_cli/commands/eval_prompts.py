@@ -56,7 +56,7 @@ def prompts(
         Path | None, typer.Option(help="PNG file of the first images. [default: beside --out]")
     ] = None,
     device: drawing.Device = "",
-    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0,
+    launch: drawing.Launch = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure images; the help text is `EXAMPLES`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hmar_cli.commands import drawing
+from hmar_cli.commands.flags import given, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,8 +53,12 @@ def register(app: typer.Typer) -> None:
     app.command("samples", help=EXAMPLES)(samples)
 
 
+@with_flags
 def samples(
     subject: Annotated[str, typer.Argument(help="Images, or a checkpoint.", show_default=False)],
+    contents: drawing.Contents,
+    sampler: drawing.Sampler,
+    loading: drawing.Loading,
     reference: Annotated[str, typer.Option(help="Real images, or their statistics.")] = "",
     metrics: Annotated[
         str, typer.Option(help="Of fid,sfid,is,kid,precision,recall. [default: fid, with a reference]")
@@ -80,40 +85,17 @@ def samples(
         Path | None, typer.Option(help="PNG of the first images. [default: beside --out]")
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="Folder that keeps the images of a checkpoint.")] = None,
-    labels: Annotated[str, typer.Option(help="Classes to draw, as 3,7 or cat,ship. [default: all]")] = "",
-    prompt: drawing.Prompt = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with a prompt on every line.")] = None,
-    text_weights: drawing.TextWeights = None,
-    seed: drawing.Seed = 0,
-    cfg: drawing.Cfg = None,
-    top_k: drawing.TopK = None,
-    top_p: drawing.TopP = None,
-    schedule: drawing.SchedulePasses = "recipe",
-    refine_cfg: drawing.RefineCfg = None,
-    steps: drawing.Steps = None,
-    pivot_steps: drawing.PivotSteps = None,
-    pivot_cfg: drawing.PivotCfg = None,
-    cfg_schedule: drawing.CfgSchedule = None,
-    pivot_cfg_schedule: drawing.PivotCfgSchedule = None,
-    temperature: drawing.Temperature = None,
-    head_sampler: drawing.HeadSampler = None,
-    head_steps: drawing.HeadSteps = None,
-    pivot_head_steps: drawing.PivotHeadSteps = None,
-    weights: drawing.Weights = "",
-    tokenizer: drawing.Tokenizer = None,
-    precision: drawing.Precision = "auto",
     draw_batch: Annotated[
         int, typer.Option(min=0, help="Images drawn at once; 0 is the recipe's number.")
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images measured at once.")] = 64,
     device: drawing.Device = "",
-    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0,
+    launch: drawing.Launch = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure images; the help text is `EXAMPLES`."""
-    given = drawing.given_settings(locals())
-    from hmar_cli.commands.subjects import is_checkpoint, place_order
+    from hmar_cli.commands.subjects import is_checkpoint, order_images
     from hmar_cli.launch import check_device, delegate
 
     check_device(device)
@@ -121,22 +103,20 @@ def samples(
         raise UserError(f"--out {out}: the report is JSON", f"call it {out.with_suffix('.json')}")
     wanted = {"extractor": extractor, "metrics": metrics, "count": count, "size": size, "crop": crop}
     plan = choose(wanted, preset, reference, extractor_weights, make_stats, batch_size)
-    asked = {
-        "labels": labels,
-        "prompt": prompt,
-        "prompt_file": prompt_file,
-        "text_weights": text_weights,
-        "seed": seed,
-        "weights": weights,
-        "tokenizer": tokenizer,
-        "precision": precision,
-        "draw_batch": draw_batch,
-    }
     order = None
     if is_checkpoint(Path(subject)):
-        order = place_order(Path(subject), given, asked, plan.count, plan.reference)
+        order = order_images(
+            Path(subject), given(sampler), loading, contents, plan.count, draw_batch, plan.reference
+        )
     else:
-        refuse_drawing(subject, given, asked | {"keep": keep})
+        asked = {
+            **given(contents),
+            **given(sampler),
+            **given(loading),
+            "draw_batch": draw_batch,
+            "keep": keep,
+        }
+        refuse_drawing(subject, asked)
     if dry_run:
         drawn = order.job().describe() if order else None
         print(json.dumps({"subject": subject, "draw": drawn, "measure": plan.describe()}, indent=2))
@@ -221,15 +201,14 @@ def choose(
     )
 
 
-def refuse_drawing(subject: str, given: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def refuse_drawing(subject: str, asked: Mapping[str, Any]) -> None:
     """Refuse flags that say how to draw, where nothing is drawn.
 
     Raises:
         UserError: naming them.
     """
-    flags = [*given, *(key for key, value in asked.items() if value not in (None, "", 0, "auto", []))]
-    if flags:
+    if flags := [name.replace("_", "-") for name, value in asked.items() if value]:
         raise UserError(
-            f"{subject} is no checkpoint: nothing is drawn by --{', --'.join(flags).replace('_', '-')}",
+            f"{subject} is no checkpoint: nothing is drawn by --{', --'.join(flags)}",
             "leave them out, or give a checkpoint",
         )

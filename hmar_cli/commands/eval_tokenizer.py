@@ -81,7 +81,7 @@ def tokenizer(
     ] = None,
     shown: Annotated[int, typer.Option(min=1, help="First images that it shows.")] = 16,
     device: drawing.Device = "",
-    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0,
+    launch: drawing.Launch = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure a tokenizer; the help text is `EXAMPLES`."""

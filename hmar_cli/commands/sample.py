@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hmar_cli.commands import drawing
+from hmar_cli.commands.flags import given, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,31 +42,14 @@ def register(app: typer.Typer) -> None:
     app.command("sample", help=EXAMPLES)(sample)
 
 
+@with_flags
 def sample(
     checkpoint: drawing.Checkpoint,
+    sampler: drawing.Sampler,
+    loading: drawing.Loading,
+    contents: drawing.Contents,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
-    labels: Annotated[
-        str, typer.Option(help="Classes by index or name, as 3,7 or cat,ship. [default: all]")
-    ] = "",
-    prompt: drawing.Prompt = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with a prompt on every line.")] = None,
-    text_weights: drawing.TextWeights = None,
     count: Annotated[int, typer.Option(min=0, help="Images in all; 0 is one a label or prompt.")] = 0,
-    seed: drawing.Seed = 0,
-    cfg: drawing.Cfg = None,
-    top_k: drawing.TopK = None,
-    top_p: drawing.TopP = None,
-    schedule: drawing.SchedulePasses = "recipe",
-    refine_cfg: drawing.RefineCfg = None,
-    steps: drawing.Steps = None,
-    pivot_steps: drawing.PivotSteps = None,
-    pivot_cfg: drawing.PivotCfg = None,
-    cfg_schedule: drawing.CfgSchedule = None,
-    pivot_cfg_schedule: drawing.PivotCfgSchedule = None,
-    temperature: drawing.Temperature = None,
-    head_sampler: drawing.HeadSampler = None,
-    head_steps: drawing.HeadSteps = None,
-    pivot_head_steps: drawing.PivotHeadSteps = None,
     pivots: Annotated[
         bool,
         typer.Option(
@@ -83,33 +67,25 @@ def sample(
         ),
     ] = False,
     batch_size: drawing.BatchSize = 0,
-    weights: drawing.Weights = "",
-    tokenizer: drawing.Tokenizer = None,
     device: drawing.Device = "",
-    precision: drawing.Precision = "auto",
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM's evaluator.")] = False,
     columns: Annotated[int, typer.Option(min=0, help="Columns of grid.png; 0 suits the labels.")] = 0,
-    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0,
+    launch: drawing.Launch = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be drawn, and stop.")] = False,
     as_json: drawing.AsJson = False,
 ) -> None:
     """Draw images; the help text is `EXAMPLES`."""
-    given = drawing.given_settings(locals())
     from hmar_cli.launch import check_device, delegate
 
     check_device(device)
     order = drawing.place_order(
         checkpoint,
-        given,
-        labels=labels,
-        prompts=drawing.read_prompts(prompt or [], prompt_file),
-        text_weights=text_weights,
+        given(sampler),
+        loading,
+        labels=contents.labels,
+        prompts=contents.prompts(),
         count=count,
-        seed=seed,
         batch_size=batch_size,
-        precision=precision,
-        weights=weights,
-        tokenizer=tokenizer,
     )
     check_switches(order.checkpoint, pivots, compile)
     if not dry_run:

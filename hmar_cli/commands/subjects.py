@@ -13,7 +13,7 @@ from hmar_cli.errors import UserError
 from hmar_cli.files import cache_folder, read_json
 
 if TYPE_CHECKING:
-    from hmar_cli.commands.drawing import Order
+    from hmar_cli.commands.drawing import Contents, Loading, Order
     from hmar_cli.data.images import ImageSource
 
 LONG = 32
@@ -81,7 +81,7 @@ def drawn_images(order: "Order", keep: Path | None, device: str) -> Iterator[Sub
     with contextlib.ExitStack() as stack:
         out = keep
         if out is None:
-            out = place_of({**about, "precision": order.precision})
+            out = place_of({**about, "precision": order.loading.precision})
             stack.enter_context(passing_folder(out, first))
         speed = draw_images(model, codec, job, out, device, about, Keep(), part=False) or {}
         del model, codec
@@ -152,8 +152,14 @@ def condensed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: short(value) for key, value in record.items() if key != "made_with"}
 
 
-def place_order(
-    checkpoint: Path, given: dict[str, Any], asked: Mapping[str, Any], count: int, reference: str
+def order_images(
+    checkpoint: Path,
+    asked: dict[str, Any],
+    loading: "Loading",
+    contents: "Contents",
+    count: int,
+    batch_size: int,
+    reference: str,
 ) -> "Order":
     """Check what is to be drawn.
 
@@ -161,27 +167,32 @@ def place_order(
 
     Args:
         checkpoint: checkpoint or run folder of a model.
-        given: settings of the sampler, see `drawing.given_settings`.
-        asked: labels, prompt, prompt_file, text_weights, seed, weights, tokenizer, precision and draw_batch.
+        asked: settings of the sampler that are not the recipe's.
+        loading: with which weights, and how.
+        contents: classes or prompts.
         count: images to draw.
+        batch_size: images at once; 0 is the recipe's.
         reference: where captions may come from.
 
     Raises:
         UserError: flags that the checkpoint cannot follow, or no number of images.
     """
     from hmar_cli.checkpoints.store import open_checkpoint
-    from hmar_cli.commands import drawing
+    from hmar_cli.commands.drawing import place_order
 
-    rest = dict(asked)
-    prompts = drawing.read_prompts(rest.pop("prompt") or [], rest.pop("prompt_file"))
-    opened = open_checkpoint(checkpoint)
+    prompts, opened = contents.prompts(), open_checkpoint(checkpoint)
     if not count:
         raise UserError(f"{opened.folder} can draw any number of images", "say how many: --count 10000")
     if opened.recipe.text is not None and not prompts and reference:
-        prompts = captions_of(reference, count, rest["seed"])
-    batch_size = rest.pop("draw_batch")
-    return drawing.place_order(
-        opened.folder, given, prompts=prompts, count=count, batch_size=batch_size, **rest
+        prompts = captions_of(reference, count, loading.seed)
+    return place_order(
+        opened.folder,
+        asked,
+        loading,
+        labels=contents.labels,
+        prompts=prompts,
+        count=count,
+        batch_size=batch_size,
     )
 
 

@@ -43,17 +43,12 @@ class Flags:
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of all samplers.")
     ] = None
-    labels: Annotated[str, typer.Option(help="Classes by index or name. [default: all]")] = ""
-    prompt_file: Annotated[Path | None, typer.Option(help="File with a prompt on every line.")] = None
-    text_weights: drawing.TextWeights = None
-    seed: drawing.Seed = 0
+    contents: drawing.Contents = drawing.Contents()  # noqa: RUF009
+    loading: drawing.Loading = drawing.Loading()  # noqa: RUF009
     batch_size: drawing.BatchSize = 0
-    weights: drawing.Weights = ""
-    tokenizer: drawing.Tokenizer = None
     device: drawing.Device = ""
-    precision: drawing.Precision = "auto"
     shown: Annotated[int, typer.Option(min=1, max=64, help="Images of each setting in the grid.")] = 8
-    launch: Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")] = 0
+    launch: drawing.Launch = 0
     out: Annotated[
         Path | None, typer.Option(help="Folder for the files. [default: analysis/ and this name]")
     ] = None
@@ -238,21 +233,20 @@ def basis(entry: Entry, flags: Flags) -> "Trial":
     order = drawing.place_order(
         entry.path,
         {},
-        labels=flags.labels,
-        prompts=drawing.read_prompts([], flags.prompt_file),
-        text_weights=flags.text_weights,
+        flags.loading,
+        labels=flags.contents.labels,
+        prompts=flags.contents.prompts(),
         count=flags.count,
-        seed=flags.seed,
         batch_size=flags.batch_size,
-        precision=flags.precision,
-        weights=flags.weights,
-        tokenizer=flags.tokenizer,
     )
     opened = order.checkpoint
-    opened.weights_file(flags.weights)  # a mistake shows before the reference is looked at
+    opened.weights_file(flags.loading.weights)  # a mistake shows before the reference is looked at
     return Trial(
         candidate=Candidate(
-            name=entry.name, checkpoint=opened, weights=flags.weights, tokenizer=flags.tokenizer
+            name=entry.name,
+            checkpoint=opened,
+            weights=flags.loading.weights,
+            tokenizer=flags.loading.tokenizer,
         ),
         varied=entry.varied,
         value=entry.value,

@@ -6,13 +6,21 @@ from typing import Annotated, Any
 import typer
 from typer.testing import CliRunner
 
-from hmar_cli.commands.flags import with_flags
+from hmar_cli.commands.flags import given, with_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """A flag of a group inside another."""
+
+    slow: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """Two flags."""
+    """Two flags, and a group of more."""
 
+    inner: Inner = Inner()
     size: Annotated[int, typer.Option(min=1, help="Of something.")]
     names: Annotated[list[str] | None, typer.Option("--name")] = None
 
@@ -23,16 +31,16 @@ def invoke(*arguments: str) -> Any:
     @app.command()
     @with_flags
     def command(what: Annotated[str, typer.Argument()], shared: Shared, fast: bool = False) -> None:
-        print(what, shared.size, shared.names, fast)
+        print(what, shared.size, shared.names, fast, shared.inner.slow)
 
     return CliRunner().invoke(app, arguments)
 
 
 def test_a_command_gets_its_groups_filled() -> None:
-    result = invoke("this", "--size", "3", "--name", "a", "--name", "b", "--fast")
+    result = invoke("this", "--size", "3", "--name", "a", "--name", "b", "--fast", "--slow")
     assert result.exit_code == 0, result.output
-    assert result.stdout == "this 3 ['a', 'b'] True\n"
-    assert invoke("this", "--size", "3").stdout == "this 3 None False\n"
+    assert result.stdout == "this 3 ['a', 'b'] True True\n"
+    assert invoke("this", "--size", "3").stdout == "this 3 None False False\n"
 
 
 def test_flags_of_a_group_are_checked_and_explained() -> None:
@@ -40,3 +48,9 @@ def test_flags_of_a_group_are_checked_and_explained() -> None:
     assert invoke("this", "--size", "0").exit_code == 2
     shown = invoke("--help").stdout
     assert "--size" in shown and "Of something." in shown and "--shared" not in shown
+
+
+def test_what_was_given_is_what_differs_from_the_defaults() -> None:
+    assert given(Shared(size=3)) == {"size": 3}
+    assert given(Shared(size=3, names=["a"])) == {"size": 3, "names": ["a"]}
+    assert given(Inner()) == {} and given(Inner(slow=True)) == {"slow": True}
