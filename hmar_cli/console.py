@@ -50,9 +50,14 @@ class Bar:
 
 @contextmanager
 def progress(
-    description: str, total: float | None, unit: str = "images", completed: float = 0
+    description: str,
+    total: float | None,
+    unit: str = "images",
+    completed: float = 0,
+    *,
+    shown: bool = True,
 ) -> Iterator[Bar]:
-    """Show a bar with count, rate, elapsed time and ETA while the block runs."""
+    """Show a bar with count, rate, elapsed time and ETA while the block runs, or only its handle."""
     bar = Progress(
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),
@@ -63,6 +68,7 @@ def progress(
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
+        disable=not shown,
     )
     with bar:
         yield Bar(bar, bar.add_task(description, total=total, completed=completed, note=""))  # type: ignore[arg-type]

@@ -213,7 +213,7 @@ def _from_source(
         tokens.append(codec.encode(to_tensor(pixels).to(device)).cpu())  # [B, L]
         names += [name for _, name in batch]
         kept += [pixels] * pictures
-    first = f"image {broken[0].index}: {broken[0].error}" if broken else ""
+    first = broken[0].fault if broken else ""
     if not tokens:
         raise UserError(f"{source.name} has no image that can be used", first or "give more images")
     if broken:

@@ -3,22 +3,16 @@
 Letters: B images of a batch, H W their height and width.
 """
 
-import contextlib
-import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from hmar_cli.console import progress
-from hmar_cli.data.ahead import ordered_map
 from hmar_cli.data.images import Example, ImageSource
+from hmar_cli.data.sharing import Share, gather, shared_batches
 from hmar_cli.data.transforms import Crop, Pixels, image_transform, middle
 from hmar_cli.errors import UserError
 from hmar_cli.models.scales import Side
@@ -58,7 +52,7 @@ class FramedImages:
     count: int = 0
     batch_size: int = 32
     workers: int = 2
-    share: tuple[int, int] = (0, 1)
+    share: Share = (0, 1)
     unreadable: int = 0
     error: str = ""
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -69,32 +63,28 @@ class FramedImages:
         Raises:
             UserError: an image that is smaller than the stride.
         """
-        cut, (rank, world) = self._cut(), self.share
-        total = min(self.count or sys.maxsize, self.source.length or sys.maxsize)
+        cut = self._cut()
 
-        def decode(deferred: Callable[[], Example]) -> tuple[Example, Pixels | None]:
-            example = deferred()
-            return example, None if example.image is None else cut(example)
+        def decode(example: Example) -> tuple[str, Pixels | None]:
+            return example.fault, None if example.image is None else cut(example)
 
-        chunks = enumerate(_chunks(self.source.deferred(0, total), self.batch_size))
-        mine = (deferred for place, chunk in chunks if place % world == rank for deferred in chunk)
-        length = None if total == sys.maxsize else math.ceil(total / world)
-        title = "reconstructing" if world == 1 else f"reconstructing (one of {world} processes)"
-        with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(progress(title, length)) if rank == 0 else None
-            examples = ordered_map(decode, mine, self.workers)
-            while chunk := list(islice(examples, self.batch_size)):
-                if bar is not None:
-                    bar.advance(len(chunk))
-                self._note([example for example, pixels in chunk if pixels is None])
-                yield from map(as_tensor, self._alike([pixels for _, pixels in chunk if pixels is not None]))
+        for batch in shared_batches(
+            self.source,
+            decode,
+            title="reconstructing",
+            count=self.count,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            share=self.share,
+        ):
+            faults = [fault for fault, pixels in batch if pixels is None]
+            self.unreadable += len(faults)
+            self.error = self.error or next(iter(faults), "")
+            yield from map(as_tensor, self._alike([pixels for _, pixels in batch if pixels is not None]))
 
     def gather(self) -> None:
         """Join what all processes noted, where there are several."""
-        if not distributed.is_initialized():
-            return
-        found: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, (self.unreadable, self.error, self.sizes))
+        found = gather((self.unreadable, self.error, self.sizes))
         self.unreadable = sum(bad for bad, _, _ in found)
         self.error = next((error for _, error, _ in found if error), "")
         self.sizes = dict(sum((Counter(sizes) for _, _, sizes in found), Counter[tuple[int, int]]()))
@@ -129,13 +119,3 @@ class FramedImages:
             run.append(image)
         if run:
             yield run
-
-    def _note(self, bad: Sequence[Example]) -> None:
-        self.unreadable += len(bad)
-        self.error = self.error or (f"image {bad[0].index}: {bad[0].error}" if bad else "")
-
-
-def _chunks(items: Iterable[Callable[[], Example]], size: int) -> Iterator[list[Callable[[], Example]]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

@@ -39,6 +39,11 @@ class Example:
         """The first caption; empty if there is none."""
         return self.captions[0] if self.captions else ""
 
+    @property
+    def fault(self) -> str:
+        """Which image cannot be used, and why; empty if it can."""
+        return f"image {self.index}: {self.error}" if self.image is None else ""
+
 
 class ImageSource(ABC):
     """A sequence of images with labels and captions.

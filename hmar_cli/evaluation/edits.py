@@ -70,7 +70,7 @@ def read_held_out(source: ImageSource, size: Side, count: int) -> HeldOut:
     cut, rng = image_transform(size, "adm", train=False), np.random.default_rng(0)  # which cuts the middle
     examples = list(source.read(0, count))
     good = [(each, each.image) for each in examples if each.image is not None]
-    bad = [f"image {each.index}: {each.error}" for each in examples if each.image is None]
+    bad = [each.fault for each in examples if each.image is None]
     if len(good) < 2:
         raise UserError(
             f"{source.name} has {len(good)} images that can be read; a measurement needs 2 or more",

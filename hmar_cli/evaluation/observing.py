@@ -9,12 +9,10 @@ Letters: N images of the set, B of a batch, H W rows and columns, F pooled featu
 import contextlib
 import hashlib
 import math
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hmar_cli.console import progress
-from hmar_cli.data.ahead import ordered_map
-from hmar_cli.data.images import ImageSource
+from hmar_cli.data import sharing
+from hmar_cli.data.frames import as_tensor
+from hmar_cli.data.images import Example, ImageSource
+from hmar_cli.data.sharing import Share, own_share, shared_batches, shared_progress
 from hmar_cli.data.transforms import Crop, ImageTransform, Pixels, height_width, image_transform
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor
@@ -115,11 +114,15 @@ class Observations:
         }
 
 
-def set_digest(digests: Sequence[bytes]) -> str:
-    """Name a set of images by their contents: the SHA-256 over the sorted SHA-256 of each.
+def image_digest(pixels: Pixels) -> bytes:
+    """SHA-256 over "H W " in decimal and the pixels [H, W, 3] of an image."""
+    return hashlib.sha256(b"%d %d " % pixels.shape[:2] + pixels.tobytes()).digest()
 
-    That of an image is over "H W " in decimal and its pixels [H, W, 3], as the extractor is given them. Order, file
-    format, batches and processes change nothing.
+
+def set_digest(digests: Sequence[bytes]) -> str:
+    """Name a set of images, as the extractor is given them, by the SHA-256 over the sorted SHA-256 of each.
+
+    Order, file format, batches and processes change nothing.
     """
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
@@ -138,7 +141,7 @@ def observe(
     shown: int = 0,
     name: str = "",
     title: str = "looking at images",
-    share: tuple[int, int] = (0, 1),
+    share: Share = (0, 1),
 ) -> Observations:
     """Look at images in their order, a batch at a time; a bar shows how far it is, images a second and the ETA.
 
@@ -171,37 +174,24 @@ def observe(
     if isinstance(source, ImageSource):
         looking.name_classes(source.class_names)
         looking.found.source = source.name
-        total = min(count or sys.maxsize, source.length or sys.maxsize)
-        mine = _share_of(total, batch_size, share)
-        threads = workers or min(16, os.cpu_count() or 1)
-        batches = _batches_of_source(source, total, batch_size, threads, looking.prepare, share)
+        batches = shared_batches(
+            source,
+            looking.read,
+            title=title,
+            count=count,
+            batch_size=batch_size,
+            workers=workers,
+            share=share,
+        )
     else:
         looking.name_classes(tuple(dict.fromkeys(labels or ())))
         looking.found.source = name
-        total = count or sys.maxsize
-        mine = math.ceil(count / share[1]) if count else None  # about: batches may be of any size
-        batches = _batches_of_tensors(source, total, looking.prepare, labels or (), share)
+        batches = _batches_of_tensors(source, count, looking.prepare, labels or (), title, share)
     start = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        bar = None
-        if share[0] == 0:
-            title += f" (one of {share[1]} processes)" * (share[1] > 1)
-            bar = stack.enter_context(progress(title, mine))
+    with contextlib.closing(batches):
         for batch in batches:
             looking.add(batch)
-            if bar is not None:
-                bar.advance(len(batch))
     return looking.finish(time.perf_counter() - start)
-
-
-def _share_of(total: int, size: int, share: tuple[int, int]) -> int | None:
-    """How many of `total` images are in this process's batches; None if nobody knows their number."""
-    process, processes = share
-    if total == sys.maxsize:
-        return None
-    whole, rest = divmod(total, size)
-    mine = len(range(process, whole, processes)) * size
-    return mine + (rest if whole % processes == process else 0)
 
 
 @dataclass
@@ -223,48 +213,32 @@ class _Prepared:
     error: str = ""
 
 
-def _batches_of_source(
-    source: ImageSource, total: int, size: int, workers: int, prepare: Any, share: tuple[int, int]
-) -> Iterator[list[_Prepared]]:
-    """This process's batches of a source."""
-    process, processes = share
-
-    def ready(deferred: Any) -> _Prepared:
-        example = deferred()
-        if example.image is None:
-            return _Prepared(example.index, error=f"image {example.index}: {example.error}")
-        made: _Prepared = prepare(example.index, example.label, example.image)
-        return made
-
-    mine = (
-        deferred
-        for place, deferred in enumerate(source.deferred(0, total))
-        if place // size % processes == process
-    )
-    examples = ordered_map(ready, mine, workers)
-    while batch := list(islice(examples, size)):
-        yield batch
-
-
 def _batches_of_tensors(
-    source: Iterable[Tensor], total: int, prepare: Any, labels: Sequence[str], share: tuple[int, int]
-) -> Iterator[list[_Prepared]]:
+    source: Iterable[Tensor],
+    count: int,
+    prepare: Callable[[int, int, Image.Image], _Prepared],
+    labels: Sequence[str],
+    title: str,
+    share: Share,
+) -> Generator[list[_Prepared], None, None]:
     """This process's batches of tensors; all processes are given all of them."""
-    process, processes = share
+    (rank, world), total, first = share, count or sys.maxsize, 0
     places = {each: place for place, each in enumerate(dict.fromkeys(labels))}
-    first = 0
-    for number, tensor in enumerate(source):
-        if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[1] != 3:
-            raise ValueError(f"expected uint8 [B, 3, H, W], got {tensor.dtype} {list(tensor.shape)}")
-        rows = tensor[: total - first].permute(0, 2, 3, 1).cpu().numpy()  # B 3 H W -> B H W 3
-        if number % processes == process and len(rows):
-            yield [
-                prepare(i, places[labels[i % len(labels)]] if labels else 0, Image.fromarray(row))
-                for i, row in enumerate(rows, first)
-            ]
-        first += len(rows)
-        if first >= total:
-            return
+    own = math.ceil(count / world) if count else None  # about: batches may be of any size
+    with shared_progress(title, own, share) as bar:
+        for number, tensor in enumerate(source):
+            if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[1] != 3:
+                raise ValueError(f"expected uint8 [B, 3, H, W], got {tensor.dtype} {list(tensor.shape)}")
+            rows = tensor[: total - first].permute(0, 2, 3, 1).cpu().numpy()  # B 3 H W -> B H W 3
+            if number % world == rank and len(rows):
+                yield [
+                    prepare(i, places[labels[i % len(labels)]] if labels else 0, Image.fromarray(row))
+                    for i, row in enumerate(rows, first)
+                ]
+                bar.advance(len(rows))
+            first += len(rows)
+            if first >= total:
+                return
 
 
 class _Looking:
@@ -298,12 +272,16 @@ class _Looking:
             self.labels = [places.get(name, -1) for name in names]
         self.found.labelled = bool(self.labels) and min(self.labels) >= 0
 
+    def read(self, example: Example) -> _Prepared:
+        """Prepare an image of a source, if it can be used; called in any thread."""
+        if example.image is None:
+            return _Prepared(example.index, error=example.fault)
+        return self.prepare(example.index, example.label, example.image)
+
     def prepare(self, index: int, label: int, image: Image.Image) -> _Prepared:
         """Cut an image to size and take its digest; called in any thread."""
         pixels = np.asarray(image) if self.cut is None else self.cut(image, self.rng)
-        digest = hashlib.sha256(b"%d %d " % pixels.shape[:2])
-        digest.update(pixels.tobytes())
-        return _Prepared(index, label, pixels, digest.digest())
+        return _Prepared(index, label, pixels, image_digest(pixels))
 
     def add(self, batch: Sequence[_Prepared]) -> None:
         """Look at a batch."""
@@ -315,8 +293,7 @@ class _Looking:
         if not good:
             return
         self._require_one_size(good)
-        pixels = torch.from_numpy(np.stack([each for _, each in good])).permute(0, 3, 1, 2)  # B 3 H W
-        pooled, spatial, logits = self.extractor(pixels)
+        pooled, spatial, logits = self.extractor(as_tensor([each for _, each in good]))
         found.statistics.add(pooled)
         if "sfid" in self.metrics:
             found.spatial = found.spatial or FeatureStatistics()
@@ -369,14 +346,11 @@ def gather(found: Observations) -> Observations:
     Each process must have looked with `share=(its number, how many there are)`. What is returned is the same on every
     one: that of a single process, but for rounding in the last digits of float64 statistics.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if own_share()[1] == 1:
         return found
     found.statistics = found.statistics.cpu()
     found.spatial = None if found.spatial is None else found.spatial.cpu()
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, found)
-    return join(parts)
+    return join(sharing.gather(found))
 
 
 def join(parts: Sequence[Observations]) -> Observations:
@@ -419,8 +393,4 @@ def observe_together(
     source: ImageSource | Iterable[Tensor], extractor: Extractor, **settings: Any
 ) -> Observations:
     """`observe` by all processes of `torch.distributed`, where it is initialised, and `gather`."""
-    distributed = torch.distributed
-    share = (0, 1)
-    if distributed.is_available() and distributed.is_initialized():
-        share = (distributed.get_rank(), distributed.get_world_size())
-    return gather(observe(source, extractor, share=share, **settings))
+    return gather(observe(source, extractor, share=own_share(), **settings))

@@ -7,20 +7,18 @@ depend on the model, whose name and hash belong to them.
 
 import contextlib
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, distributed
+from torch import Tensor
 
-from hmar_cli.console import console, progress
-from hmar_cli.data.ahead import ordered_map
+from hmar_cli.console import console
 from hmar_cli.data.images import Example, ImageSource
+from hmar_cli.data.sharing import Share, gather, shared_batches
 from hmar_cli.errors import UserError
 from hmar_cli.models.clip import Clip
 from hmar_cli.tokenizers.blocks import hash_weights
@@ -92,10 +90,7 @@ class PromptScores:
 
     def gather(self) -> "PromptScores":
         """Join what all processes found, where there are several; what is shown stays that of each one."""
-        if not distributed.is_initialized():
-            return self
-        found: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, replace(self, shown=[]))
+        found = gather(replace(self, shown=[]))
         joined = {index: part for part in found for index in part.cosines}
         return PromptScores(
             {index: joined[index].cosines[index] for index in sorted(joined)},
@@ -143,7 +138,7 @@ def score_images(
     batch_size: int = 64,
     workers: int = 2,
     shown: int = 0,
-    share: tuple[int, int] = (0, 1),
+    share: Share = (0, 1),
 ) -> PromptScores:
     """Compare images with their prompts, a batch at a time; a bar in the first process shows how far it is.
 
@@ -154,27 +149,31 @@ def score_images(
         batch_size: images at once.
         workers: threads that decode.
         shown: of the first images that are kept.
-        share: this process and how many there are; each takes its part of the images.
+        share: this process and how many there are; each takes its part of the batches.
 
     Raises:
         UserError: images without prompts, or none that can be read.
     """
     require_prompts(source)
-    (rank, world), found = share, PromptScores()
-    total = min(count or sys.maxsize, source.length or sys.maxsize)
+    found = PromptScores()
 
-    def look(deferred: Callable[[], Example]) -> tuple[Example, Tensor | None]:
-        example = deferred()
+    def look(example: Example) -> tuple[Example, Tensor | None]:
         return example, None if example.image is None else judge.clip.preprocess(example.image)
 
-    examples = ordered_map(look, islice(source.deferred(0, total), rank, None, world), workers)
-    length = None if total == sys.maxsize else math.ceil((total - rank) / world)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress("comparing with prompts", length)) if rank == 0 else None
-        while batch := list(islice(examples, batch_size)):
-            if bar is not None:
-                bar.advance(len(batch))
-            _note(found, [example for example, pixels in batch if pixels is None])
+    batches = shared_batches(
+        source,
+        look,
+        title="comparing with prompts",
+        count=count,
+        batch_size=batch_size,
+        workers=workers,
+        share=share,
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            faults = [example.fault for example, pixels in batch if pixels is None]
+            found.unreadable += len(faults)
+            found.error = found.error or next(iter(faults), "")
             good = [(example, pixels) for example, pixels in batch if pixels is not None]
             if not good:
                 continue
@@ -200,11 +199,6 @@ def require_prompts(source: ImageSource) -> None:
             f"the images of {source.name} have no prompts",
             "give a folder that `hmar sample --prompt-file` wrote, or a source with captions",
         )
-
-
-def _note(found: PromptScores, bad: Sequence[Example]) -> None:
-    found.unreadable += len(bad)
-    found.error = found.error or (f"image {bad[0].index}: {bad[0].error}" if bad else "")
 
 
 def _require_captions(source: ImageSource, examples: Sequence[Example]) -> None:

@@ -6,7 +6,6 @@ of a multi-scale VQ tokenizer, from the posterior's mean of a KL autoencoder.
 Letters: B images of a batch, H W their height and width, K scales, V codes, F features.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -14,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional as F
 
 from hmar_cli.data.frames import as_tensor
+from hmar_cli.data.sharing import gather
 from hmar_cli.data.transforms import Pixels, image_transform
 from hmar_cli.evaluation.codes import count_codes, perplexity, usage
 from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.frechet import FeatureStatistics, frechet_distance
+from hmar_cli.evaluation.observing import image_digest
 from hmar_cli.models.scales import Side
 from hmar_cli.tokenizers.kl import KlAutoencoder, posterior
 from hmar_cli.tokenizers.losses import Lpips, psnr
@@ -181,7 +182,7 @@ class Reconstructions:
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
-        self.digests += map(_digest, images)
+        self.digests += (image_digest(_pixels(each)) for each in images)
         images = images.to(self._device)
         wanted = images.float() / 127.5 - 1
         pictures = self._bottleneck(wanted)
@@ -204,13 +205,10 @@ class Reconstructions:
 
     def gather(self) -> None:
         """Join what all processes found, where there are several; the pairs stay those of each one."""
-        if not distributed.is_initialized():
-            return
         statistics = tuple(each.cpu() for each in self._statistics)
         lists = ("digests", "psnr", "ssim", "l1", "lpips")
         mine = (*(getattr(self, name) for name in lists), statistics, self._bottleneck.sums())
-        found: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(found, mine)
+        found = gather(mine)
         for place, name in enumerate(lists):
             setattr(self, name, [value for part in found for value in part[place]])
         joined = FeatureStatistics(), FeatureStatistics()
@@ -272,12 +270,6 @@ def _pixels(image: Tensor) -> Pixels:
     """An image [3, H, W] uint8 as an array [H, W, 3]."""
     pixels: Pixels = image.permute(1, 2, 0).contiguous().cpu().numpy()
     return pixels
-
-
-def _digest(image: Tensor) -> bytes:
-    """SHA-256 of an image [3, H, W] uint8, as `observe` computes it."""
-    pixels = _pixels(image)
-    return hashlib.sha256(b"%d %d " % pixels.shape[:2] + pixels.tobytes()).digest()
 
 
 def evaluate_tokenizer(
