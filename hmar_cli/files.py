@@ -46,6 +46,21 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_writable(target: Path) -> None:
+    """See that a file can be written, before the work of hours that it is to hold.
+
+    Raises:
+        UserError: a folder lies there, or a part of its path is a file or may not be written in.
+    """
+    if target.is_dir():
+        raise UserError(f"{target} is a folder", "give the name of a file in it")
+    parent = next(each for each in target.absolute().parents if each.exists())
+    if not parent.is_dir():
+        raise UserError(f"cannot write {target}: {parent} is a file", "choose another path")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {target}: no permission in {parent}", "choose another path")
+
+
 def cache_folder() -> Path:
     """Where the program keeps what it can make or fetch again: $XDG_CACHE_HOME/hmar, else ~/.cache/hmar."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hmar"

@@ -10,6 +10,7 @@ import typer
 from hmar_cli.commands import drawing
 from hmar_cli.commands.flags import given, with_flags
 from hmar_cli.errors import UserError
+from hmar_cli.files import require_writable
 
 if TYPE_CHECKING:
     from hmar_cli.commands.evaluating import Plan
@@ -103,6 +104,9 @@ def samples(
         raise UserError(f"--out {out}: the report is JSON", f"call it {out.with_suffix('.json')}")
     wanted = {"extractor": extractor, "metrics": metrics, "count": count, "size": size, "crop": crop}
     plan = choose(wanted, preset, reference, extractor_weights, make_stats, batch_size)
+    picture = grid or (out.with_suffix(".png") if out else None)
+    for target in filter(None, (out, picture, make_stats)):
+        require_writable(target)
     order = None
     if is_checkpoint(Path(subject)):
         order = order_images(
@@ -123,20 +127,12 @@ def samples(
         return
     delegate(launch, device)
     from hmar_cli.commands.evaluating import evaluate, print_report
+    from hmar_cli.evaluation.reports import publish
 
-    picture = grid or (out.with_suffix(".png") if out else None)
     report = evaluate(subject, order, plan, keep=keep, device=device, grid=picture)
     if report is None:  # not the process that reports
         return
-    if out:
-        from hmar_cli.console import console
-
-        report.save(out)
-        console.print(f"report: {out}", highlight=False)
-    if as_json:
-        print(json.dumps(report.describe(), indent=2, ensure_ascii=False))
-    else:
-        print_report(report)
+    publish(report, out, as_json=as_json, show=print_report)
 
 
 def choose(

@@ -1,28 +1,21 @@
 """What `hmar eval samples` does once its flags are understood: look at images and reference, measure, report."""
 
 import contextlib
-import platform
-import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from hmar_cli import __version__
 from hmar_cli.commands.subjects import Subject, drawn_images, open_images
-from hmar_cli.console import console
+from hmar_cli.console import console, print_table, warn
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import Crop
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor, open_extractor
-from hmar_cli.evaluation.measures import Protocol, measure, metric_name, needs_reference
-from hmar_cli.evaluation.observing import Observations, observe_together
-from hmar_cli.evaluation.references import is_statistics, read_reference, save_statistics
-from hmar_cli.evaluation.reports import Measured, Report, as_text
+from hmar_cli.evaluation.measures import Protocol, needs_reference
+from hmar_cli.evaluation.observing import Observations, observe_together, require_features
+from hmar_cli.evaluation.references import is_statistics, open_reference, read_reference, save_statistics
+from hmar_cli.evaluation.reports import Report, as_text, measure_all, versions
 from hmar_cli.launch import Place, join_processes, leave_processes
 from hmar_cli.report import image_grid, save_png
 
@@ -93,8 +86,9 @@ def evaluate(
     network = open_extractor(plan.extractor, place.device, plan.weights)
     if order:
         require_a_number(plan, network, order.class_names)
+        require_features(network, plan.metrics, plan.size or order.checkpoint.recipe.data.size)
     real = early_reference(plan, network, place.rank)
-    looking = {"metrics": plan.metrics, "crop": plan.crop, "batch_size": plan.batch_size}
+    looking: dict[str, Any] = {"metrics": plan.metrics, "crop": plan.crop, "batch_size": plan.batch_size}
     with contextlib.ExitStack() as stack:
         if order is None:
             images = open_images(subject, plan.size or network.size)
@@ -105,11 +99,10 @@ def evaluate(
         found = observe_together(
             images.source, network, size=plan.size, count=plan.count, shown=SHOWN if grid else 0, **looking
         )
-        require_count(plan, found.count)
+        if plan.preset:  # else images that cannot be read are warned of, and the name says how many are left
+            require_count(plan, found.count)
         if plan.reference and not is_statistics(Path(plan.reference)):
-            reference = open_source(plan.reference, size=found.size)  # drawn ones at the size of the images
-            title = "looking at the reference"
-            real = observe_together(reference, network, size=found.size, title=title, **looking)
+            real = open_reference(plan.reference, network, size=found.size, **looking)
         report = None if place.rank else conclude(images, found, real, network, plan, grid, place)
     leave_processes()
     return report
@@ -143,16 +136,22 @@ def require_a_number(plan: Plan, network: Extractor, class_names: Sequence[str])
 
 
 def require_count(plan: Plan, count: int | None) -> None:
-    """See that there are as many images as a preset measures.
+    """See that there are as many images as a preset or `--count` measures.
 
     Raises:
         UserError: there are fewer.
     """
-    if plan.preset and count is not None and count < plan.count:
+    if count is None or count >= plan.count:
+        return
+    if not plan.preset:
         raise UserError(
-            f"{plan.preset} measures {plan.count} images, and {count} are there that can be read",
-            "without --preset, flags such as --metrics measure any number, under a name that says it",
+            f"--count {plan.count}: there are {count} images",
+            "leave --count out to measure all, under a name that says their number",
         )
+    raise UserError(
+        f"{plan.preset} measures {plan.count} images, and {count} are there that can be read",
+        "without --preset, flags such as --metrics measure any number, under a name that says it",
+    )
 
 
 def conclude(
@@ -166,17 +165,12 @@ def conclude(
 ) -> Report:
     """Measure, write statistics and grid, and make the report; warnings go to standard error."""
     for line in (line for each in (found, real) if each is not None for line in warnings(each, plan.metrics)):
-        console.print(f"[yellow]warning:[/] {line}", highlight=False)
+        warn(line)
     if not found.count:
         raise UserError(f"{found.source} has no images that can be read", found.error or "give more images")
     metrics = plan.metrics if real is not None else tuple(m for m in plan.metrics if not needs_reference([m]))
     protocol = Protocol()
-    numbers = {
-        metric: as_number(metric_name(metric, network, found.count), value)
-        for metric, value in measure(found, real, metrics, protocol).items()
-    }
-    if found.labelled:
-        numbers["accuracy"] = Measured(f"Accuracy[{network.name}]", found.right / found.count)
+    numbers = measure_all(found, real, metrics, protocol)
     if plan.make_stats:
         save_statistics(found, plan.make_stats, {"subject": images.about})
         console.print(f"statistics of {found.count} images in {plan.make_stats}", highlight=False)
@@ -223,38 +217,17 @@ def warnings(found: Observations, metrics: Sequence[str]) -> list[str]:
     return lines
 
 
-def as_number(name: str, value: Any) -> Measured:
-    """What `measure` found of one metric: a number, or mean, spread and what else there is to know."""
-    if not isinstance(value, Mapping):
-        return Measured(name, value)
-    more = {key: each for key, each in value.items() if key not in ("mean", "std")}
-    return Measured(name, value["mean"], value["std"], more)
-
-
-def versions() -> dict[str, str]:
-    """Of all that the numbers pass through."""
-    packages = ("torch-fidelity", "pillow", "numpy")
-    ours = {"hmar-cli": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    return ours | {name: version(name) for name in packages}
-
-
 def print_report(report: Report) -> None:
     """Print the numbers as a table, and below it what they are of."""
-    from rich.console import Console
-    from rich.table import Table
-
     found, real, network = report.subject, report.about["reference"], report.about["extractor"]
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("metric", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
-    for metric, number in report.metrics.items():
-        table.add_row(number.name, as_text(metric, number), remark(metric, report))
+    table = [
+        (number.name, as_text(metric, number), remark(metric, report))
+        for metric, number in report.metrics.items()
+    ]
     if real and "accuracy" in real:
         images = f"{real['right']} of {real['count']} images of the reference"
-        table.add_row("  of the reference", f"{real['accuracy']:.1%}", images)
-    width = None if sys.stdout.isatty() else max(150, shutil.get_terminal_size().columns)
-    Console(width=width, highlight=False, markup=False).print(table)
+        table.append(("  of the reference", f"{real['accuracy']:.1%}", images))
+    print_table({"metric": "left", "value": "right", "": "left"}, table)
     rows, columns = found["size"]
     lines = [f"{found['count']} images of {found['source']}, {columns} x {rows}"]
     if real:

@@ -191,7 +191,7 @@ def _open_torchscript(text: str, device: torch.device) -> Extractor:
     return Extractor(
         name=f"torchscript:{path.name}" + "".join(f"?{key}={value}" for key, value in options.items()),
         fingerprint=file_sha256(path),
-        look=lambda pixels: _features(network(pixels, **given)),
+        look=_foreign(f"torchscript:{path.name}", lambda pixels: network(pixels, **given)),
         device=device,
         about={"file": str(path), "options": given},
     )
@@ -226,10 +226,29 @@ def _open_module(text: str, device: torch.device) -> Extractor:
     return Extractor(
         name=f"module:{text}",
         fingerprint=digest.hexdigest(),
-        look=lambda pixels: _features(look(pixels)),
+        look=_foreign(f"module:{text}", look),
         device=device,
         about={"file": source},
     )
+
+
+def _foreign(name: str, network: Callable[[Tensor], Any]) -> Callable[[Tensor], Features]:
+    """A network of someone else's; what it complains about is the user's business, a full GPU is not."""
+
+    def look(pixels: Tensor) -> Features:
+        try:
+            return _features(network(pixels))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            rows, columns = pixels.shape[2:]
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(
+                f"extractor {name} cannot look at images of {columns} x {rows}: {lines[-1]}",
+                "it is given uint8 images [B, 3, H, W]; --size cuts them to what it takes",
+            ) from error
+
+    return look
 
 
 def _features(found: Any) -> Features:

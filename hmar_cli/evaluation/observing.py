@@ -297,9 +297,9 @@ class _Looking:
         found.statistics.add(pooled)
         if "sfid" in self.metrics:
             found.spatial = found.spatial or FeatureStatistics()
-            found.spatial.add(self._require(spatial, "sfid"))
+            found.spatial.add(_require(spatial, "sfid", self.extractor))
         if "is" in self.metrics:
-            self.logits.append(self._require(logits, "is").cpu())
+            self.logits.append(_require(logits, "is", self.extractor).cpu())
         if NEEDS_FEATURES & set(self.metrics):
             self.features.append(pooled.cpu())
         if found.labelled and logits is not None:
@@ -308,14 +308,6 @@ class _Looking:
         self.indices += [each.index for each, _ in good]
         found.digests += [each.digest for each, _ in good]
         found.shown += [each for _, each in good][: found.showing - len(found.shown)]
-
-    def _require(self, part: Tensor | None, metric: str) -> Tensor:
-        if part is None:
-            wants = "Inception's spatial features" if metric == "sfid" else "logits of classes"
-            raise UserError(
-                f"{metric} needs {wants}, which {self.extractor.name} has not", f"leave {metric} out"
-            )
-        return part
 
     def _require_one_size(self, good: Sequence[tuple[_Prepared, Pixels]]) -> None:
         for each, pixels in good:
@@ -338,6 +330,31 @@ class _Looking:
         found.features = torch.cat(self.features) if self.features else None
         found.logits = torch.cat(self.logits) if self.logits else None
         return found
+
+
+def require_features(extractor: Extractor, metrics: Sequence[str], size: Side) -> None:
+    """See by one grey image that an extractor works and has what metrics need, before there are any others.
+
+    Args:
+        extractor: to try.
+        metrics: of `METRICS`.
+        size: of the images to come, if the extractor takes any.
+
+    Raises:
+        UserError: it fails, or has no features that a metric needs.
+    """
+    grey = torch.full((1, 3, *height_width(extractor.size or size)), 128, dtype=torch.uint8)  # 1 3 H W
+    _, spatial, logits = extractor(grey)
+    for metric, part in (("sfid", spatial), ("is", logits)):
+        if metric in metrics:
+            _require(part, metric, extractor)
+
+
+def _require(part: Tensor | None, metric: str, extractor: Extractor) -> Tensor:
+    if part is None:
+        wants = "Inception's spatial features" if metric == "sfid" else "logits of classes"
+        raise UserError(f"{metric} needs {wants}, which {extractor.name} has not", f"leave {metric} out")
+    return part
 
 
 def gather(found: Observations) -> Observations:

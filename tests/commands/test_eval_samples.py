@@ -1,5 +1,6 @@
 """From a classifier's recipe to numbers: `hmar train`, then `hmar eval samples` of folders, arrays, checkpoints."""
 
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,7 @@ from hmar_cli.data.sources import open_source
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation import presets
 from hmar_cli.evaluation.presets import PRESETS, Preset, published_file
+from hmar_cli.evaluation.reports import Report
 from hmar_cli.files import file_sha256
 from hmar_cli.recipe import load_recipe
 from hmar_cli.settings import Recipe
@@ -403,7 +405,36 @@ def test_nothing_is_drawn_for_a_reference_that_is_not_there(
 ) -> None:
     refused(measure(run, model, "--count", 4, "--reference", tmp_path / "nowhere"), "no such source")
     refused(measure(run, model, "--count", 4, "--extractor", tmp_path / "nowhere"), "no extractor")
+    refused(measure(run, model, "--count", 4, "--metrics", "fid,sfid"), "toy-classifier has not", "sfid out")
     assert not (cache / "eval").exists()
+
+
+def test_nothing_is_drawn_for_a_file_that_cannot_be_written(
+    run: Path, model: Path, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for flag, name in (("--out", "report.json"), ("--grid", "grid.png"), ("--make-stats", "stats.npz")):
+        below = tmp_path / "file" / name
+        refused(measure(run, model, "--count", 4, flag, below), str(below), f"{tmp_path / 'file'} is a file")
+        (folder := tmp_path / name).mkdir()
+        refused(measure(run, model, "--count", 4, flag, folder), f"{folder} is a folder")
+    assert not (cache / "eval").exists()
+
+
+def test_numbers_are_printed_before_anything_can_fail_to_be_written(
+    run: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "report.json")
+
+    monkeypatch.setattr(Report, "save", full)
+    found = measure(run, samples, "--out", tmp_path / "report.json")
+    assert found.exit_code == 2 and "error: No space left on device" in found.stderr
+    assert "FID[toy-classifier]-12" in found.stdout
+
+
+def test_fewer_images_than_asked_for_are_refused(run: Path, samples: Path) -> None:
+    refused(measure(run, samples, "--count", 13), "--count 13: there are 12 images")
 
 
 def test_two_processes_measure_what_one_does(run: Path, model: Path, tmp_path: Path) -> None:

@@ -149,6 +149,19 @@ def test_networks_that_give_something_else_are_refused() -> None:
         open_extractor("module:toy_extractors:wrong_shape")(images())
 
 
+def test_networks_that_fail_say_so_in_a_line(tmp_path: Path) -> None:
+    """A TorchScript file that wants floats, and a function that wants larger images."""
+    path = tmp_path / "floats.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Conv2d(3, 4, 8)), path)
+    with pytest.raises(
+        UserError, match=r"torchscript:floats.pt cannot look at images of 8 x 8: .*type"
+    ) as it:
+        open_extractor(f"torchscript:{path}")(images())
+    assert "\n" not in str(it.value) and "uint8" in it.value.hint
+    with pytest.raises(UserError, match="module:toy_extractors:large cannot look at images of 8 x 8"):
+        open_extractor("module:toy_extractors:large")(images())
+
+
 def test_spellings_that_are_wrong(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no program")
     refused("inceptoin", "no extractor 'inceptoin'", "open_clip:TOWER/TAG")
