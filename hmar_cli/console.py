@@ -1,10 +1,13 @@
-"""Messages and progress bars, all on standard error: standard output is for data."""
+"""Messages and progress bars, on standard error; tables of results, on standard output, which is for data."""
 
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,9 +18,36 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
 
 console = Console(stderr=True, soft_wrap=True)
+
+WIDE = 400
+"""Most letters in a line of a table where no terminal says how many there are."""
+
+
+def warn(text: str) -> None:
+    """Say what makes a result doubtful."""
+    console.print("[yellow]warning:[/]", escape(text), highlight=False)
+
+
+def print_table(
+    columns: Mapping[str, Literal["left", "right"]], rows: Iterable[Sequence[str | Text]]
+) -> None:
+    """Print a table on standard output: data, for people.
+
+    Args:
+        columns: their titles, each with the side to which it is aligned.
+        rows: a cell for each column.
+    """
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for title, side in columns.items():
+        table.add_column(title, justify=side, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else max(WIDE, shutil.get_terminal_size().columns)
+    Console(width=width, highlight=False, markup=False).print(table)
 
 
 class Rate(ProgressColumn):

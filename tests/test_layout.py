@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"errors", "files", "console"}
+SHARED = {"errors", "files", "console", "__version__"}
 KERNEL_USERS = {"models", "benchmarks"}
 MAY_IMPORT = {
     "settings.py": {"models"},

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hmar_cli.builders import find_tokenizer, load_model, load_tokenizer
 from hmar_cli.checkpoints.store import Checkpoint
-from hmar_cli.console import console, progress
+from hmar_cli.console import progress, warn
 from hmar_cli.data.cache import Cache
 from hmar_cli.data.images import Example, ImageSource
 from hmar_cli.data.sources import open_source
@@ -217,8 +217,7 @@ def _from_source(
     if not tokens:
         raise UserError(f"{source.name} has no image that can be used", first or "give more images")
     if broken:
-        left_out = f"left out {len(broken)} images of {source.name}; {first}"
-        console.print(f"[yellow]warning:[/] {left_out}", highlight=False)
+        warn(f"left out {len(broken)} images of {source.name}; {first}")
     every = torch.cat(tokens)  # [N, L]
     about = {"data": source.name, "source": source.name, "crop": "adm", "unreadable": len(broken)}
     return HeldOut(every, tuple(names), np.concatenate(kept) if pictures else None, _record(about, every))

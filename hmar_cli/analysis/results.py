@@ -10,12 +10,11 @@ import csv
 import io
 import json
 import math
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from hmar_cli.console import console, print_table
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_file, read_json, write_json
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | bool | None
 Row = Mapping[str, Cell]
-
-TABLE_WIDTH = 400
-"""Columns of a printed table where no terminal says how many there are."""
 
 
 def save_analysis(
@@ -112,8 +108,6 @@ def print_analysis(
         notes: lines that say what the numbers come to.
         shown: fewer rows for the table, where there are too many to read; by default all.
     """
-    from hmar_cli.console import console
-
     if as_json:
         document = {**_document(name, rows, settings, summary), "files": [str(file) for file in files]}
         print(json.dumps(document, indent=2, ensure_ascii=False))
@@ -125,19 +119,13 @@ def print_analysis(
 
 
 def _print_table(rows: Sequence[Row]) -> None:
-    """Print rows as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print rows as a table; numbers are aligned to the right."""
     keys = _keys(rows)
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    titles: dict[str, Literal["left", "right"]] = {}
     for key in keys:
         number = all(isinstance(row.get(key, 0), int | float | None) for row in rows)
-        table.add_column(key.replace("_", " "), justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_text(row.get(key)) for key in keys))
-    width = None if sys.stdout.isatty() else max(TABLE_WIDTH, shutil.get_terminal_size().columns)
-    Console(width=width, highlight=False, markup=False).print(table)
+        titles[key.replace("_", " ")] = "right" if number else "left"
+    print_table(titles, ([_text(row.get(key)) for key in keys] for row in rows))
 
 
 def _text(value: Cell) -> str:

@@ -29,8 +29,9 @@ from hmar_cli.checkpoints.store import Checkpoint
 from hmar_cli.data.transforms import Crop, Pixels
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor
-from hmar_cli.evaluation.measures import HIGHER_IS_BETTER, measure, metric_name
+from hmar_cli.evaluation.measures import HIGHER_IS_BETTER, metric_name
 from hmar_cli.evaluation.observing import Observations, gather, observe
+from hmar_cli.evaluation.reports import measure_all
 from hmar_cli.files import file_sha256, read_json, write_json
 from hmar_cli.launch import join_processes
 from hmar_cli.models.next_scale import NextScaleTransformer
@@ -149,13 +150,10 @@ class Judge:
     def cells(self, found: Observations) -> dict[str, Cell]:
         """The numbers of images under their full names, such as "FID-50k" or "IS[classifier-cifar10]-2k"."""
         cells: dict[str, Cell] = {}
-        for metric, value in measure(found, self.reference, self.metrics).items():
-            name = metric_name(metric, self.extractor, found.count)
-            cells[name] = value["mean"] if isinstance(value, dict) else value
-            if isinstance(value, dict):
-                cells[f"{name} ±"] = value["std"]
-        if found.labelled:
-            cells[f"Accuracy[{self.extractor.name}]"] = found.right / found.count
+        for number in measure_all(found, self.reference, self.metrics).values():
+            cells[number.name] = number.value
+            if number.spread is not None:
+                cells[f"{number.name} ±"] = number.spread
         return cells
 
 

@@ -90,28 +90,20 @@ def short_names(paths: list[Path]) -> list[str]:
 
 def print_columns(reports: "dict[str, Report]", metrics: list[str], settings: dict[str, list[Any]]) -> None:
     """Print a table: a report a column, first its numbers, then the settings that are not the same in all."""
-    import shutil
-    import sys
-
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
+    from hmar_cli.console import print_table
     from hmar_cli.evaluation.reports import as_text, best
 
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    for name in reports:
-        table.add_column(name, justify="right", overflow="fold")
+    rows: list[list[str | Text]] = []
     for metric in metrics:
         numbers = [report.metrics[metric] for report in reports.values()]
         leader = best(metric, [each.value for each in numbers])
         cells = (Text(as_text(metric, each), "bold" if each.value == leader else "") for each in numbers)
-        table.add_row(numbers[0].name, *cells)
+        rows.append([numbers[0].name, *cells])
     for key, values in settings.items():
-        table.add_row(key.split(".")[-1].replace("_", " "), *map(as_cell, values))
-    width = None if sys.stdout.isatty() else max(150, shutil.get_terminal_size().columns)
-    Console(width=width, highlight=False, markup=False).print(table)
+        rows.append([key.split(".")[-1].replace("_", " "), *map(as_cell, values)])
+    print_table({"": "left", **dict.fromkeys(reports, "right")}, rows)
 
 
 def as_cell(value: Any) -> str:

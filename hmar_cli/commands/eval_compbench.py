@@ -98,7 +98,11 @@ def compbench(
     delegate(launch, device)
     report = draw_and_measure(order, groups, per_prompt, out, clip, clip_weights, device)
     if report is not None:
-        publish(report, out, as_json)
+        from hmar_cli.console import console
+        from hmar_cli.evaluation.reports import publish
+
+        console.print(f"images: {out}/CATEGORY/samples", highlight=False)
+        publish(report, out / "report.json", as_json=as_json, show=print_report)
 
 
 def planned(order: "Order", groups: "list[Category]", per_prompt: int, out: Path) -> dict[str, Any]:
@@ -168,9 +172,8 @@ def make_report(
     import hashlib
 
     from hmar_cli.commands.eval_prompts import measured
-    from hmar_cli.commands.evaluating import versions
     from hmar_cli.evaluation.compbench import all_prompts, by_category
-    from hmar_cli.evaluation.reports import Report
+    from hmar_cli.evaluation.reports import Report, versions
 
     metrics: dict[str, Measured] = {}
     if judge is not None:
@@ -212,27 +215,21 @@ def judged_scenes(group: "Category", paths: list[Path], per_prompt: int) -> "dic
     }
 
 
-def publish(report: "Report", out: Path, as_json: bool) -> None:
-    """Write the report and print it."""
-    from rich.console import Console
-    from rich.table import Table
+def print_report(report: "Report") -> None:
+    """Print the numbers of each category."""
+    from hmar_cli.console import print_table
 
-    from hmar_cli.console import console
-
-    report.save(out / "report.json")
-    names = report.settings["categories"]
-    console.print(f"images: {out}/CATEGORY/samples; report: {out / 'report.json'}", highlight=False)
-    if as_json:
-        print(json.dumps(report.describe(), indent=2, ensure_ascii=False))
-        return
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("category", "prompts", "images", "measured here", ""):
-        table.add_column(title, justify="right" if title in ("prompts", "images", "") else "left")
-    for name, count in names.items():
-        head, rows = (name, str(count), str(count * report.settings["per_prompt"])), []
-        for key, number in report.metrics.items():
-            if key.startswith(f"{name}."):
-                rows.append((number.name, f"{number.value:.1%}" if "low" in number.more else str(number)))
-        for place, cells in enumerate(rows or [("nothing", "")]):
-            table.add_row(*(head if not place else ("", "", "")), *cells)
-    Console(highlight=False).print(table)
+    rows: list[tuple[str, ...]] = []
+    for name, count in report.settings["categories"].items():
+        head = (name, str(count), str(count * report.settings["per_prompt"]))
+        own = [
+            (number.name, f"{number.value:.1%}" if "low" in number.more else str(number))
+            for key, number in report.metrics.items()
+            if key.startswith(f"{name}.")
+        ]
+        for place, cells in enumerate(own or [("nothing", "")]):
+            rows.append((*(head if not place else ("", "", "")), *cells))
+    print_table(
+        {"category": "left", "prompts": "right", "images": "right", "measured here": "left", "": "right"},
+        rows,
+    )

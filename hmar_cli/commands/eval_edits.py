@@ -201,13 +201,12 @@ def describe_report(report: "Report", held_out: "HeldOut") -> dict[str, Any]:
 
 
 def _say_what_is_left_out(held_out: "HeldOut", attention: str) -> None:
-    from hmar_cli.console import console
+    from hmar_cli.console import console, warn
 
     if attention:
         console.print(attention, highlight=False)
     if held_out.unreadable:
-        left_out = f"left out {held_out.unreadable} images of {held_out.source}; {held_out.error}"
-        console.print(f"[yellow]warning:[/] {left_out}", highlight=False)
+        warn(f"left out {held_out.unreadable} images of {held_out.source}; {held_out.error}")
 
 
 def own_conditions(checkpoint: "Checkpoint", held_out: "HeldOut", text_weights: Path | None) -> "Conditions":

@@ -1,6 +1,5 @@
 """`hmar eval prompts`: whether images show what their prompts say, by CLIP."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,7 +64,9 @@ def prompts(
     check_device(device)
     delegate(launch, device)
     from hmar_cli.commands.subjects import open_images
+    from hmar_cli.console import warn
     from hmar_cli.evaluation.prompts import open_judge, require_prompts, score_images
+    from hmar_cli.evaluation.reports import publish
 
     subject = open_images(images, None)
     require_prompts(subject.source)
@@ -86,7 +87,11 @@ def prompts(
     if not scores.cosines:
         raise UserError(f"{images} has no images that can be read", scores.error or "give others")
     about = {"batch_size": batch_size, "device": str(place.device), "processes": place.world}
-    publish(make_report(judge, scores, subject.about, about), scores, out, picture, as_json)
+    if scores.unreadable:
+        warn(f"left out {scores.unreadable} images; {scores.error}")
+    if picture:
+        save_grid(scores, picture)
+    publish(make_report(judge, scores, subject.about, about), out, as_json=as_json, show=print_report)
 
 
 def make_report(
@@ -95,8 +100,7 @@ def make_report(
     """The two numbers with what they depend on."""
     import hashlib
 
-    from hmar_cli.commands.evaluating import versions
-    from hmar_cli.evaluation.reports import Report
+    from hmar_cli.evaluation.reports import Report, versions
 
     digest = hashlib.sha256("\n".join(scores.prompts).encode()).hexdigest()
     settings = {
@@ -131,27 +135,10 @@ def measured(judge: "ClipJudge", cosines: Any) -> dict[str, Any]:
     }
 
 
-def publish(
-    report: "Report", scores: "PromptScores", out: Path | None, picture: Path | None, as_json: bool
-) -> None:
-    """Write the files and print."""
-    from hmar_cli.console import console
-
-    if scores.unreadable:
-        console.print(
-            f"[yellow]warning:[/] left out {scores.unreadable} images; {scores.error}", highlight=False
-        )
-    if picture:
-        save_grid(scores, picture)
-        console.print(f"the first {len(scores.shown)} images: {picture}", highlight=False)
-    if out:
-        report.save(out)
-        console.print(f"report: {out}", highlight=False)
-    if as_json:
-        print(json.dumps(report.describe(), indent=2, ensure_ascii=False))
-        return
+def print_report(report: "Report") -> None:
+    """Print the two numbers."""
     width = max(len(number.name) for number in report.metrics.values())
-    print(f"{len(scores.cosines)} images and prompts")
+    print(f"{report.settings['prompts']['count']} images and prompts")
     for number in report.metrics.values():
         print(f"{number.name:{width}}  {number}")
 
@@ -161,9 +148,11 @@ def save_grid(scores: "PromptScores", target: Path) -> None:
     import numpy as np
     from PIL import ImageOps
 
+    from hmar_cli.console import console
     from hmar_cli.report import image_grid, save_png
 
     side = min(256, max(max(image.size) for image, _, _ in scores.shown))
     tiles = [np.asarray(ImageOps.pad(image, (side, side), color="white")) for image, _, _ in scores.shown]
     captions = [f"{cosine:.3f} {prompt}" for _, prompt, cosine in scores.shown]
     save_png(image_grid(tiles, captions=captions), target)
+    console.print(f"the first {len(scores.shown)} images: {target}", highlight=False)

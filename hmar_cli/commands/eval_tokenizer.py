@@ -1,6 +1,5 @@
 """`hmar eval tokenizer`: how well a tokenizer reconstructs images."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -100,8 +99,11 @@ def tokenizer(
         )
     source, wanted = find_tokenizer(checkpoint), None if native else parse_size(size)
     delegate(launch, device)
+    from hmar_cli.console import console, warn
     from hmar_cli.data.sources import open_source
     from hmar_cli.evaluation.extractors import open_extractor
+    from hmar_cli.evaluation.reports import publish
+    from hmar_cli.report import pairs_grid, save_png
 
     given = open_source(images, size=wanted or source.recipe.data.size)
     if preset and given.length is not None and given.length < PRESET_COUNT:
@@ -125,7 +127,12 @@ def tokenizer(
             frames.error or "give ImageNet's validation set",
         )
     report = make_report(source, frames, judge, found, preset or "", str(place.device))
-    publish(report, frames, found, out, picture, as_json)
+    if picture:
+        save_png(pairs_grid(found.pairs), picture)
+        console.print(f"the first {len(found.pairs)} images above their pictures: {picture}", highlight=False)
+    for line in warnings(frames, found):
+        warn(line)
+    publish(report, out, as_json=as_json, show=print_report)
 
 
 def check_preset(flags: dict[str, Any]) -> None:
@@ -282,7 +289,7 @@ def make_report(
 
 def made_with(frames: "FramedImages", device: str) -> dict[str, Any]:
     """What should change nothing."""
-    from hmar_cli.commands.evaluating import versions
+    from hmar_cli.evaluation.reports import versions
 
     return {
         "batch_size": frames.batch_size,
@@ -306,32 +313,6 @@ def scale_rows(checkpoint: "Checkpoint", summary: dict[str, Any]) -> list[dict[s
     return [{"scale": k, **dict(zip(columns, row, strict=True))} for k, row in rows]
 
 
-def publish(
-    report: "Report",
-    frames: "FramedImages",
-    found: "Reconstructions",
-    out: Path | None,
-    picture: Path | None,
-    as_json: bool,
-) -> None:
-    """Write the files, warn of what makes numbers weak, and print."""
-    from hmar_cli.console import console
-    from hmar_cli.report import pairs_grid, save_png
-
-    if picture:
-        save_png(pairs_grid(found.pairs), picture)
-        console.print(f"the first {len(found.pairs)} images above their pictures: {picture}", highlight=False)
-    if out:
-        report.save(out)
-        console.print(f"report: {out}", highlight=False)
-    for line in warnings(frames, found):
-        console.print(f"[yellow]warning:[/] {line}", highlight=False)
-    if as_json:
-        print(json.dumps(report.describe(), indent=2, ensure_ascii=False))
-    else:
-        print_report(report)
-
-
 def warnings(frames: "FramedImages", found: "Reconstructions") -> list[str]:
     """What a reader of the numbers has to know."""
     lines = []
@@ -348,9 +329,7 @@ def warnings(frames: "FramedImages", found: "Reconstructions") -> list[str]:
 
 def print_report(report: "Report") -> None:
     """Print the numbers, and a row for each scale."""
-    from rich.console import Console
-    from rich.table import Table
-
+    from hmar_cli.console import print_table
     from hmar_cli.evaluation.reports import as_text
 
     images = report.settings["images"]
@@ -365,11 +344,15 @@ def print_report(report: "Report") -> None:
         print(f"{number.name:{width}}  {as_text(key, number)}{unit}")
     if not report.about["scales"]:
         return
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("scale", "grid in training", "tokens", "usage", "perplexity"):
-        table.add_column(title, justify="right")
-    for row in report.about["scales"]:
-        grid = "x".join(map(str, reversed(row["grid"])))
-        numbers = str(row["tokens"]), f"{row['usage']:.1%}", f"{row['perplexity']:.1f}"
-        table.add_row(str(row["scale"]), grid, *numbers)
-    Console(highlight=False).print(table)
+    rows = (
+        (
+            str(row["scale"]),
+            "x".join(map(str, reversed(row["grid"]))),
+            str(row["tokens"]),
+            f"{row['usage']:.1%}",
+            f"{row['perplexity']:.1f}",
+        )
+        for row in report.about["scales"]
+    )
+    titles = ("scale", "grid in training", "tokens", "usage", "perplexity")
+    print_table(dict.fromkeys(titles, "right"), rows)

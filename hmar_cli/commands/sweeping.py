@@ -132,7 +132,7 @@ def publish(study: Study, judge: "Judge", outcomes: "Sequence[Outcome]", out: Pa
     """Write the files and print the table; where models were trained several times, also means and spreads."""
     from hmar_cli.analysis.results import print_analysis, save_analysis
     from hmar_cli.analysis.studies import TRAINING_SEED, spreads
-    from hmar_cli.commands.evaluating import versions
+    from hmar_cli.evaluation.reports import versions
     from hmar_cli.report import labelled_grid
 
     columns = judge.columns(flags.count)

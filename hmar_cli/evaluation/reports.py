@@ -7,13 +7,22 @@
  "made_with": {what should change nothing: device, processes, batch size, versions, seconds}}
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hmar_cli import __version__
+from hmar_cli.console import console
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation import measures
+from hmar_cli.evaluation.measures import Protocol, measure, metric_name
+from hmar_cli.evaluation.observing import Observations
 from hmar_cli.files import read_json, write_json
 
 FORMAT, VERSION = "hmar-eval", 1
@@ -87,6 +96,47 @@ class Report:
     def save(self, target: Path) -> None:
         """Write the report as JSON."""
         write_json(target, self.describe())
+
+
+def measure_all(
+    found: Observations, real: Observations | None, metrics: Sequence[str], protocol: Protocol | None = None
+) -> dict[str, Measured]:
+    """Measure images as `measure` does, each number under its full name; also the accuracy, where there is one.
+
+    Args:
+        found: what an extractor saw in generated images.
+        real: what it saw in real ones; None where no metric compares.
+        metrics: of `METRICS`.
+        protocol: what else the numbers depend on.
+
+    Raises:
+        UserError: as `measure`.
+    """
+    numbers = {}
+    for metric, value in measure(found, real, metrics, protocol).items():
+        parts = dict(value) if isinstance(value, Mapping) else {"mean": value}
+        name = metric_name(metric, found, found.count)
+        numbers[metric] = Measured(name, parts.pop("mean"), parts.pop("std", None), parts)
+    if found.labelled:
+        numbers["accuracy"] = Measured(f"Accuracy[{found.extractor_name}]", found.right / found.count)
+    return numbers
+
+
+def versions() -> dict[str, str]:
+    """Of all that the numbers pass through."""
+    ours = {"hmar-cli": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    return ours | {name: version(name) for name in ("torch-fidelity", "pillow", "numpy")}
+
+
+def publish(report: Report, out: Path | None, *, as_json: bool, show: Callable[[Report], None]) -> None:
+    """Print a report, as JSON or as `show` does, then write it to its file, so that a full disk loses no number."""
+    if as_json:
+        print(json.dumps(report.describe(), indent=2, ensure_ascii=False))
+    else:
+        show(report)
+    if out:
+        report.save(out)
+        console.print(f"report: {out}", highlight=False)
 
 
 def read_report(path: Path) -> Report:
