@@ -160,8 +160,6 @@ def plot_curves(
     Raises:
         ValueError: no run has the metric.
     """
-    from matplotlib.figure import Figure
-
     per_scale = f"{metric}_per_scale"
     found = {name: [row for row in rows if metric in row] for name, rows in runs.items()}
     count = max((len(row.get(per_scale, ())) for rows in found.values() for row in rows), default=-1)
@@ -169,7 +167,7 @@ def plot_curves(
         raise ValueError(f"expected runs with the metric {metric!r}")
     scales = max(scales, count)
     columns = min(4, 1 + count)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * math.ceil((1 + count) / columns)), layout="constrained")
+    figure = new_figure(3.2 * columns, 2.6 * math.ceil((1 + count) / columns))
     for place in range(1 + count):
         axes = figure.add_subplot(math.ceil((1 + count) / columns), columns, place + 1)
         last = count - place + 1  # place of the number, from the end
@@ -184,8 +182,7 @@ def plot_curves(
         axes.grid(alpha=0.3)
         if place == 0:
             axes.legend(fontsize=7)
-    with atomic_file(target) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    save_figure(figure, target)
 
 
 def new_figure(width: float, height: float) -> "Figure":

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hmar_cli.benchmarks.attention import BASELINE, Row
-from hmar_cli.files import atomic_file
 from hmar_cli.models.scales import Scales
+from hmar_cli.report import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,18 +29,6 @@ LABELS = {
 }
 OTHER = "#8a6fb0"
 LEGEND = "median, 10 % to 90 %; × masked SDPA's speed"
-
-
-def _save(figure: "Figure", target: Path) -> None:
-    """Write a PNG file that is either complete or absent."""
-    with atomic_file(target) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _plain(axes: "Axes") -> None:
@@ -73,7 +61,7 @@ def speed_charts(rows: Sequence[Row], folder: Path, device: str) -> list[Path]:
         name = f"speed-{pattern}-{dtype}-h{heads}{'-normalised' if normalised else ''}.png"
         what = ", queries and keys normalised" if normalised else ""
         title = f"{pattern} attention, {dtype}, {heads} heads of {own[0].case.head_size}{what}, {device}"
-        _save(_speed_chart(own, rows, title), folder / name)
+        save_figure(_speed_chart(own, rows, title), folder / name)
         written.append(folder / name)
     return written
 
@@ -83,7 +71,7 @@ def _speed_chart(own: Sequence[Row], rows: Sequence[Row], title: str) -> "Figure
     shapes = list(dict.fromkeys((row.case.name, row.case.batch) for row in own))
     directions = list(dict.fromkeys(d for row in own for d in row.times))
     most = max(sum((row.case.name, row.case.batch) == shape for row in own) for shape in shapes)
-    figure = _figure(max((0.8 + 0.7 * most) * len(shapes), 4.0), 2.7 * len(directions) + 0.5)
+    figure = new_figure(max((0.8 + 0.7 * most) * len(shapes), 4.0), 2.7 * len(directions) + 0.5)
     lines = "\n".join([*textwrap.wrap(title, int(11 * figure.get_figwidth())), LEGEND])
     figure.suptitle(lines, fontsize=9)
     for y, direction in enumerate(directions):
@@ -132,7 +120,7 @@ def step_chart(rows: Sequence[Mapping[str, Any]], target: Path, device: str) -> 
         device: for the title.
     """
     panels = list(dict.fromkeys((row["recipe"], row["batch"]) for row in rows))
-    figure = _figure(max(3.6 * len(panels), 4.0), 3.2)
+    figure = new_figure(max(3.6 * len(panels), 4.0), 3.2)
     figure.suptitle(f"training step, {device}\nmedian, 10 % to 90 %; above: ms and GiB", fontsize=9)
     for place, (recipe, batch) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, len(panels), place)
@@ -154,7 +142,7 @@ def step_chart(rows: Sequence[Mapping[str, Any]], target: Path, device: str) -> 
         axes.set_title(f"{recipe}, batch {batch}", fontsize=9)
         if place == 1:
             axes.set_ylabel("ms", fontsize=8)
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 # Sequence lengths, Figs 7 and 8
@@ -173,7 +161,7 @@ def length_chart(
         target: PNG file.
     """
     panels = 1 + len(by_steps)
-    figure = _figure(3.9 * panels, 3.4)
+    figure = new_figure(3.9 * panels, 3.4)
     axes = figure.add_subplot(1, panels, 1)
     _plain(axes)
     pixels = [row["pixels"] for row in by_resolution]
@@ -196,7 +184,7 @@ def length_chart(
     axes.legend(fontsize=8, frameon=False)
     for place, (size, rows) in enumerate(by_steps.items(), start=2):
         _steps_panel(figure.add_subplot(1, panels, place), size, rows)
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def _steps_panel(axes: "Axes", pixels: int, rows: Sequence[Mapping[str, int]]) -> None:
@@ -235,7 +223,7 @@ def pattern_chart(scales: Scales, name: str, shares: Mapping[str, float], target
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    figure = _figure(8.4, 4.6)
+    figure = new_figure(8.4, 4.6)
     total = scales.total
     figure.suptitle(f"which keys a query sees, scales {name}, {total:,} tokens", fontsize=9)
     for place, (pattern, share) in enumerate(shares.items(), start=1):
@@ -260,7 +248,7 @@ def pattern_chart(scales: Scales, name: str, shares: Mapping[str, float], target
         axes.set_title(f"block-{pattern} ({model}): {share:.1%} of all pairs", fontsize=9)
         axes.set_xlabel("keys, by scale", fontsize=8)
         axes.set_ylabel("queries, by scale", fontsize=8)
-    _save(figure, target)
+    save_figure(figure, target)
 
 
 def _scale_ticks(axes: "Axes", scales: Scales) -> None:

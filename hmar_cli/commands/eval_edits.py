@@ -52,7 +52,10 @@ def register(app: typer.Typer) -> None:
 def edits(
     source: Annotated[str, typer.Argument(help="Source of images.", show_default=False)],
     checkpoint: drawing.Checkpoint,
-    extractor: Annotated[Path, typer.Option(help="Checkpoint of a classifier.", show_default=False)],
+    extractor: Annotated[
+        str,
+        typer.Option(help="A classifier's run, or another, as of `hmar eval samples`.", show_default=False),
+    ],
     sampler: drawing.Sampler,
     loading: drawing.Loading,
     count: Annotated[int, typer.Option(min=2, help="Of the source's first images.")] = 300,
@@ -96,19 +99,20 @@ def edits(
         )
     import torch
 
-    from hmar_cli.builders import load_classifier, load_model
+    from hmar_cli.builders import load_model
     from hmar_cli.data.sources import open_source
     from hmar_cli.evaluation.edits import measure_fills, read_held_out, yardsticks
+    from hmar_cli.evaluation.extractors import open_extractor
     from hmar_cli.evaluation.measures import metric_name
     from hmar_cli.pictures.painter import ModelPainter, without_condition
     from hmar_cli.sampling.editing import model_size
 
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, codec, _ = load_model(checkpoint, loading.weights, loading.tokenizer)
-    network, judge = load_classifier(extractor)
+    judge = open_extractor(extractor, place)
     size = model_size(model, codec)
     held_out = read_held_out(open_source(source, size=size), size, count)
     conditions = None if labels == "none" else own_conditions(opened, held_out, loading.text_weights)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     painter = ModelPainter(
         model.to(place),
         codec.to(place),
@@ -122,11 +126,9 @@ def edits(
     together = batch_size or opened.recipe.sample.batch_size
     _say_what_is_left_out(held_out, painter.select_attention(together))
     report = measure_fills(
-        network.to(place),
-        judge.class_names,
+        judge,
         held_out,
         {**model_fills(painter, match_colours, erased), **yardsticks(held_out, seed)},
-        size=judge.recipe.data.size,
         masks=wanted,
         seed=seed,
         batch_size=together,
@@ -134,7 +136,7 @@ def edits(
     )
     if grid:
         save_grid(report, held_out, seed, grid)
-    name = metric_name("fid", judge.recipe.name, len(held_out.pixels))
+    name = metric_name("fid", judge, len(held_out.pixels))
     if not as_json:
         print_report(name, report, held_out)
         return
@@ -154,7 +156,7 @@ def edits(
         "precision": painter.precision,
         "batch_size": together,
         "device": str(place),
-        **describe_extractor(judge),
+        "extractor": judge.describe(),
         **describe_report(report, held_out),
     }
     print(json.dumps(about, indent=2, ensure_ascii=False))
@@ -172,19 +174,6 @@ def read_masks(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in MASKS]:
         raise UserError(f"--masks {text}: no mask {unknown[0]!r}", f"there are {', '.join(MASKS)}")
     return names
-
-
-def describe_extractor(judge: "Checkpoint") -> dict[str, Any]:
-    """The classifier, for the record."""
-    about = {
-        "checkpoint": str(judge.folder),
-        "recipe": judge.recipe.name,
-        "weights": "ema" if "ema" in judge.weights else "model",
-        "fingerprint": judge.tokenizer_hash,
-        "size": judge.recipe.data.size,
-        "crop": "adm",
-    }
-    return {"extractor": about}
 
 
 def describe_report(report: "Report", held_out: "HeldOut") -> dict[str, Any]:

@@ -18,11 +18,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from hmar_cli.console import progress
+from hmar_cli.data.frames import as_tensor
 from hmar_cli.data.images import ImageSource
-from hmar_cli.data.transforms import Pixels, image_transform, to_tensor
+from hmar_cli.data.transforms import Pixels, image_transform
 from hmar_cli.errors import UserError
+from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.frechet import FeatureStatistics, frechet_distance
-from hmar_cli.models.classifier import ImageClassifier
 from hmar_cli.models.scales import Side
 
 MASKS = ("centre", "half", "free-form")
@@ -213,7 +214,7 @@ class Report:
 
     Attributes:
         rows: mask by mask, each with the fills in their order.
-        labelled: whether each class of the pictures is one of the classifier's.
+        labelled: whether each class of the pictures is one of the extractor's.
         right: originals that the classifier assigns to their own class, if so.
         shares: mean share of the picture that a mask covers, by its name.
         seams: mean seam of the originals, by the name of the mask.
@@ -227,19 +228,13 @@ class Report:
 
 
 class _Judge:
-    """A classifier's look at pictures, with the originals' features at hand."""
+    """An extractor's look at pictures, with the originals' features at hand."""
 
-    def __init__(
-        self,
-        network: ImageClassifier,
-        class_names: Sequence[str],
-        held_out: HeldOut,
-        size: Side,
-        batch_size: int,
-    ) -> None:
-        self.network, self.device = network, next(network.parameters()).device
-        self.cut, self.rng = image_transform(size, "adm", train=False), np.random.default_rng(0)
-        places = {name: place for place, name in enumerate(class_names)}
+    def __init__(self, extractor: Extractor, held_out: HeldOut, batch_size: int) -> None:
+        self.extractor, self.rng = extractor, np.random.default_rng(0)  # for a cut around the middle
+        size = extractor.size or held_out.pixels.shape[1:3]
+        self.cut = image_transform(size, "adm", train=False)
+        places = {name: place for place, name in enumerate(extractor.class_names)}
         named = [places.get(name, -1) for name in held_out.class_names]
         self.labelled = min(named) >= 0
         self.labels = torch.tensor([named[label] for label in held_out.labels])
@@ -255,19 +250,19 @@ class _Judge:
         """Features [B, F], and how many pictures are assigned to their class."""
         if pictures.shape[1:3] != self.cut.size:
             pictures = np.stack([self.cut(Image.fromarray(each), self.rng) for each in pictures])
-        features = self.network.features(to_tensor(pictures).to(self.device))
-        named = self.network.head(features).argmax(dim=1).cpu()
-        return features.double().cpu(), int((named == self.labels[list(numbers)]).sum())
+        features, _, logits = self.extractor(as_tensor(list(pictures)))
+        right = 0
+        if logits is not None and self.labelled:
+            right = int((logits.argmax(dim=1).cpu() == self.labels[list(numbers)]).sum())
+        return features.double().cpu(), right
 
 
 @torch.inference_mode()
 def measure_fills(
-    network: ImageClassifier,
-    class_names: Sequence[str],
+    extractor: Extractor,
     held_out: HeldOut,
     fills: Mapping[str, Fill],
     *,
-    size: Side,
     masks: Sequence[str] = MASKS,
     seed: int = 0,
     batch_size: int = 32,
@@ -276,17 +271,15 @@ def measure_fills(
     """Fill every mask of every picture in every way, and judge the results; a bar shows how far it is.
 
     Args:
-        network: a classifier, in evaluation mode, on its device.
-        class_names: its classes.
+        extractor: gives the features; pictures are scaled and centre-cropped to its size as ADM does.
         held_out: the pictures.
         fills: by their names.
-        size: to which pictures are scaled and centre-cropped for the classifier, as ADM does.
         masks: of `MASKS`.
         seed: of the free-form masks.
         batch_size: pictures that are filled at once; free-form masks go one by one.
         shown: of the first filled pictures that are kept.
     """
-    judge, count = _Judge(network, class_names, held_out, size, batch_size), len(held_out.pixels)
+    judge, count = _Judge(extractor, held_out, batch_size), len(held_out.pixels)
     rows, shares, seams = [], {}, {}
     with progress("filling", len(masks) * len(fills) * count) as bar:
         for mask in masks:

@@ -24,6 +24,7 @@ from hmar_cli.evaluation.edits import (
     seam,
     yardsticks,
 )
+from hmar_cli.evaluation.extractors import Extractor, Features
 from hmar_cli.models.classifier import ImageClassifier
 
 Pixels = np.ndarray
@@ -45,8 +46,14 @@ def network() -> ImageClassifier:
 
 
 def measure(network: ImageClassifier, held_out: HeldOut, fills: dict[str, Any], **more: Any) -> Report:
+    def look(pixels: torch.Tensor) -> Features:
+        features = network.features(pixels / 127.5 - 1)
+        return Features(features, logits=network.head(features))
+
     names = more.pop("class_names", held_out.class_names)
-    return measure_fills(network, names, held_out, fills, **{"size": SIZE, "seed": 5, **more})
+    place = torch.device("cpu")
+    extractor = Extractor(name="toy", fingerprint="", look=look, device=place, class_names=names, size=SIZE)
+    return measure_fills(extractor, held_out, fills, **{"seed": 5, **more})
 
 
 def rows(report: Report, fill: str) -> list[Row]:
