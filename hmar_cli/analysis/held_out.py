@@ -24,7 +24,6 @@ from hmar_cli.data.images import Example, ImageSource
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import Pixels, image_transform, to_tensor
 from hmar_cli.errors import UserError
-from hmar_cli.files import file_sha256
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.sampling.next_scale import sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
@@ -41,7 +40,7 @@ class Subject:
         model: VAR or HMAR, perhaps with a masked branch.
         codec: its tokenizer.
         checkpoint: where both were read.
-        weights: "model" or "ema".
+        weights: "model", "ema", or "" for "ema" where it exists.
     """
 
     name: str
@@ -62,15 +61,8 @@ class Subject:
 
     def describe(self) -> dict[str, Any]:
         """The model, for the record."""
-        return {
-            "name": self.name,
-            "checkpoint": str(self.checkpoint.folder),
-            "recipe": self.checkpoint.recipe.name,
-            "step": self.checkpoint.step,
-            "weights": self.weights,
-            "weights_sha256": file_sha256(self.checkpoint.folder / f"{self.weights}.safetensors"),
-            "tokenizer_hash": self.fingerprint,
-        }
+        about = self.checkpoint.describe(self.weights)
+        return {"name": self.name, **about, "tokenizer_hash": self.fingerprint}
 
 
 def load_subject(
@@ -93,10 +85,9 @@ def load_subject(
         raise UserError(
             f"{path} is a MAR or Hi-MAR, which predicts no scales", "pass the checkpoint of a VAR or HMAR"
         )
-    which = weights or ("ema" if "ema" in checkpoint.weights else "model")
     model = model.to(device)
     model.select_attention(1, torch.float32, sampling=True)  # replaces what can run elsewhere only
-    return Subject(name, model, codec.to(device), checkpoint, which)
+    return Subject(name, model, codec.to(device), checkpoint, weights)
 
 
 def load_msvq(path: Path) -> tuple[MultiScaleVQ, Checkpoint]:

@@ -32,7 +32,7 @@ from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.measures import HIGHER_IS_BETTER, metric_name
 from hmar_cli.evaluation.observing import Observations, gather, observe
 from hmar_cli.evaluation.reports import measure_all
-from hmar_cli.files import file_sha256, read_json, write_json
+from hmar_cli.files import read_json, write_json
 from hmar_cli.launch import join_processes
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Side
@@ -60,25 +60,13 @@ class Candidate:
     tokenizer: Path | None = None
 
     @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights' file.
+    def about(self) -> dict[str, Any]:
+        """The model, for the record.
 
         Raises:
             UserError: the checkpoint has no such weights.
         """
-        return file_sha256(self.checkpoint.weights_file(self.weights))
-
-    def describe(self) -> dict[str, Any]:
-        """The model, for the record."""
-        return {
-            "name": self.name,
-            "checkpoint": str(self.checkpoint.folder),
-            "recipe": self.checkpoint.recipe.name,
-            "step": self.checkpoint.step,
-            "weights": self.checkpoint.weights_file(self.weights).stem,
-            "weights_sha256": self.fingerprint,
-            "tokenizer_hash": self.checkpoint.tokenizer_hash,
-        }
+        return {"name": self.name, **self.checkpoint.describe(self.weights)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +213,7 @@ def record(trial: Trial, judge: Judge, device: torch.device, shown: int) -> dict
     """All that the numbers, the speed and the shown images of a trial depend on, as JSON values."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about = {
-        "weights_sha256": trial.candidate.fingerprint,
+        "weights_sha256": trial.candidate.about["weights_sha256"],
         "tokenizer": trial.candidate.checkpoint.tokenizer_hash or str(trial.candidate.tokenizer),
         **trial.job.describe(),
         "precision": resolve_precision(device, trial.job.precision),

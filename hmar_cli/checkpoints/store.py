@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hmar_cli.errors import UserError
-from hmar_cli.files import atomic_folder, read_json, write_json
+from hmar_cli.files import atomic_folder, file_sha256, read_json, write_json
 from hmar_cli.recipe import recipe_from_dict, to_toml
 from hmar_cli.settings import Recipe
 
@@ -88,6 +88,25 @@ class Checkpoint:
         if which not in self.weights:
             raise UserError(f"{self.folder} has no weights '{which}'", f"it has {', '.join(self.weights)}")
         return self.folder / f"{which}.safetensors"
+
+    def describe(self, which: str = "") -> dict[str, Any]:
+        """The checkpoint with some of its weights, for the record.
+
+        Args:
+            which: see `weights_file`.
+
+        Raises:
+            UserError: the checkpoint has no such weights.
+        """
+        file = self.weights_file(which)
+        return {
+            "checkpoint": str(self.folder),
+            "recipe": self.recipe.name,
+            "step": self.step,
+            "weights": file.stem,
+            "weights_sha256": file_sha256(file),
+            "tokenizer_hash": self.tokenizer_hash,
+        }
 
     def load(self, which: str = "") -> dict[str, Tensor]:
         """Read weights on the CPU.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hmar_cli.commands import drawing, sweeping
-from hmar_cli.commands.flags import given, with_flags
+from hmar_cli.commands.flags import choose, given, short_names, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -198,11 +198,10 @@ def load_subjects(checkpoints: Sequence[Path], flags: Flags) -> "list[Subject]":
     """
     place = choose_device(flags.device)
     from hmar_cli.analysis.held_out import load_subject, require_same_tokenizer
-    from hmar_cli.commands.curves import names
 
     subjects = [
         load_subject(path, name, place, flags.weights, flags.tokenizer)
-        for path, name in zip(checkpoints, names(list(checkpoints)), strict=True)
+        for path, name in zip(checkpoints, short_names(checkpoints), strict=True)
     ]
     require_same_tokenizer(subjects)
     return subjects
@@ -259,12 +258,7 @@ def lengths(
     from hmar_cli.benchmarks.cases import RESOLUTIONS, lengths_by_resolution, lengths_by_steps
     from hmar_cli.benchmarks.charts import length_chart
 
-    known = [str(pixels) for pixels in RESOLUTIONS]
-    asked = [part.strip() for part in resolutions.split(",")]
-    if unknown := [part for part in asked if part not in known]:
-        raise UserError(
-            f"--resolutions {resolutions}: no scales for {unknown[0]!r}", f"use {', '.join(known)}"
-        )
+    asked = choose("--resolutions", resolutions, list(map(str, RESOLUTIONS)), "scales for")
     by_resolution = lengths_by_resolution()
     by_steps = {int(pixels): lengths_by_steps(RESOLUTIONS[int(pixels)]) for pixels in asked}
     rows: list[Row] = [{"figure": "7", **row} for row in by_resolution]
@@ -552,7 +546,5 @@ def weighted(name: str, only: str, overrides: Sequence[str]) -> "dict[str, Recip
         raise UserError(
             f"recipe '{base.name}' weighs no scales", "give one of a VAR or HMAR, such as hmar-tiny"
         )
-    asked = [part.strip() for part in only.split(",")] if only else list(WEIGHTINGS)
-    if unknown := [part for part in asked if part not in WEIGHTINGS]:
-        raise UserError(f"--only {only}: no weighting {unknown[0]!r}", f"there are {', '.join(WEIGHTINGS)}")
+    asked = choose("--only", only, WEIGHTINGS, "weighting")
     return {each: load_recipe(name, [*overrides, f"objective.weighting={each}"]) for each in asked}

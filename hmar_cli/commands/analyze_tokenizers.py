@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hmar_cli.commands import drawing
+from hmar_cli.commands.flags import short_names, words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,12 +73,11 @@ def tokenizers(
     """Draw Table 5; the help text is `EXAMPLES`."""
     from hmar_cli.builders import find_tokenizer
     from hmar_cli.commands import eval_tokenizer
-    from hmar_cli.commands.curves import names
     from hmar_cli.launch import check_device, delegate, join_processes
 
     check_device(device)
-    opened = dict(zip(names(checkpoints), map(find_tokenizer, checkpoints), strict=True))
-    wanted = [part.strip() for part in sizes.split(",")] if sizes else [TRAINED]
+    opened = dict(zip(short_names(checkpoints), map(find_tokenizer, checkpoints), strict=True))
+    wanted = words(sizes) or [TRAINED]
     cases = [(images_of, size, name) for images_of in images for size in wanted for name in opened]
     sides = {
         (size, name): side_of(size, opened[name]) for _, size, name in cases

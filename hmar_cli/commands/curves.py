@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from hmar_cli.commands.flags import short_names
 from hmar_cli.errors import UserError
 
 EXAMPLES = """
@@ -44,7 +45,7 @@ def curves(
     missing = [run for run in runs if not (run / "metrics.jsonl").is_file()]
     if missing:
         raise UserError(f"no metrics.jsonl in {missing[0]}", "give the folders of training runs")
-    rows = {name: read_rows(run / "metrics.jsonl") for name, run in zip(names(runs), runs, strict=True)}
+    rows = {name: read_rows(run / "metrics.jsonl") for name, run in zip(short_names(runs), runs, strict=True)}
     empty = [str(run) for run, measured in zip(runs, rows.values(), strict=True) if not measured]
     if empty:
         raise UserError(f"{empty[0]} has measured nothing yet", "train.log_every says after how many steps")
@@ -56,12 +57,6 @@ def curves(
     console.print(f"curves of {', '.join(rows)} in {out}")
     if as_json:
         print(json.dumps({name: measured[-1] for name, measured in rows.items()}, indent=2))
-
-
-def names(runs: list[Path]) -> list[str]:
-    """A name for each run: its folder's, or its path where folders of the same name are compared."""
-    short = [run.resolve().name for run in runs]
-    return [name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)]
 
 
 def scale_count(run: Path) -> int:

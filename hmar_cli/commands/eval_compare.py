@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hmar_cli.commands.flags import short_names, words
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ def compare(
 
     if len(reports) < 2:
         raise UserError(f"{len(reports)} report to compare", "give two or more files")
-    found = {name: read_report(path) for name, path in zip(short_names(reports), reports, strict=True)}
-    wanted = [part.strip() for part in metrics.split(",") if part.strip()]
-    shared = comparable_metrics(found, wanted)
+    names = short_names(reports, lambda path: path.stem)
+    found = {name: read_report(path) for name, path in zip(names, reports, strict=True)}
+    shared = comparable_metrics(found, words(metrics))
     every = differences([report.subject for report in found.values()])
     apart = {key: values for key, values in every.items() if key not in FOUND}
     if as_json:
@@ -73,19 +74,6 @@ def compare(
         and key.split(".")[-1] not in NAMES  # settings of one family alone are in the JSON
     }
     print_columns(found, shared, shown)
-
-
-def short_names(paths: list[Path]) -> list[str]:
-    """A name for each file: its stem, or its path where several files have that stem.
-
-    Raises:
-        UserError: the same file twice.
-    """
-    stems = [path.stem for path in paths]
-    names = [stem if stems.count(stem) == 1 else str(path) for stem, path in zip(stems, paths, strict=True)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"{twice} is given twice", "give each report once")
-    return names
 
 
 def print_columns(reports: "dict[str, Report]", metrics: list[str], settings: dict[str, list[Any]]) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from hmar_cli.commands import drawing
 from hmar_cli.commands.eval_prompts import ClipWeights
-from hmar_cli.commands.flags import given, with_flags
+from hmar_cli.commands.flags import given, with_flags, words
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,10 +79,9 @@ def compbench(
     from hmar_cli.launch import check_device, delegate
 
     check_device(device)
-    chosen = [part.strip() for part in categories.split(",") if part.strip()]
     if open_checkpoint(checkpoint).recipe.text is None:
         raise UserError(f"{checkpoint} reads no prompts", "give the checkpoint of a text model")
-    groups = read_categories(prompts, chosen, limit)
+    groups = read_categories(prompts, words(categories), limit)
     order = drawing.place_order(
         checkpoint,
         given(sampler),

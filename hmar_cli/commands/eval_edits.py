@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hmar_cli.commands import drawing
-from hmar_cli.commands.flags import given, with_flags
+from hmar_cli.commands.flags import choose, given, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,11 +83,12 @@ def edits(
     """Measure fills; the help text is `EXAMPLES`."""
     asked, seed = given(sampler), loading.seed
     from hmar_cli.checkpoints.store import open_checkpoint
+    from hmar_cli.evaluation.edits import MASKS
     from hmar_cli.launch import check_device
     from hmar_cli.pictures.request import edit_settings, erases
 
     check_device(device)
-    wanted = read_masks(masks)
+    wanted = choose("--masks", masks, MASKS, "mask")
     opened = open_checkpoint(checkpoint)
     settings = drawing.resolve(opened, asked)
     chosen = edit_settings(opened.recipe.tokenizer, False, strength, keep_scales)
@@ -160,20 +161,6 @@ def edits(
         **describe_report(report, held_out),
     }
     print(json.dumps(about, indent=2, ensure_ascii=False))
-
-
-def read_masks(text: str) -> tuple[str, ...]:
-    """Names of masks by commas; an empty text is all of them.
-
-    Raises:
-        UserError: one that there is not.
-    """
-    from hmar_cli.evaluation.edits import MASKS
-
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(","))) if text else MASKS
-    if unknown := [name for name in names if name not in MASKS]:
-        raise UserError(f"--masks {text}: no mask {unknown[0]!r}", f"there are {', '.join(MASKS)}")
-    return names
 
 
 def describe_report(report: "Report", held_out: "HeldOut") -> dict[str, Any]:

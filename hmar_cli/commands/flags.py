@@ -1,10 +1,13 @@
-"""Groups of flags that several commands share, each written once as a dataclass."""
+"""Groups of flags that several commands share, each written once as a dataclass; and what flags' texts come to."""
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any
+
+from hmar_cli.errors import UserError
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -58,3 +61,35 @@ def given(group: Any) -> dict[str, Any]:
     """Of a filled group the flags that say something else than their defaults, by their names."""
     values = {each.name: getattr(group, each.name) for each in fields(group)}
     return {each.name: values[each.name] for each in fields(group) if values[each.name] != each.default}
+
+
+def words(text: str) -> list[str]:
+    """The parts of a flag between commas, without those that are empty."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def choose(flag: str, text: str, known: Sequence[str], what: str) -> list[str]:
+    """The parts of a flag between commas, each of which has to be known; of an empty flag all that are known.
+
+    Raises:
+        UserError: one that is not.
+    """
+    chosen = list(dict.fromkeys(words(text))) or list(known)
+    if unknown := [each for each in chosen if each not in known]:
+        raise UserError(f"{flag} {text}: no {what} {unknown[0]!r}", f"there are {', '.join(known)}")
+    return chosen
+
+
+def short_names(
+    paths: Sequence[Path], short: Callable[[Path], str] = lambda path: path.resolve().name
+) -> list[str]:
+    """A name for each path: a short one, or the path where several have that.
+
+    Raises:
+        UserError: the same path twice.
+    """
+    brief = [short(path) for path in paths]
+    names = [name if brief.count(name) == 1 else str(path) for name, path in zip(brief, paths, strict=True)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{twice} is given twice", "give it once")
+    return names

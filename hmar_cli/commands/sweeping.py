@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hmar_cli.commands import drawing
+from hmar_cli.commands.flags import short_names, words
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,9 +94,7 @@ class Entry:
 
 def entries(checkpoints: Sequence[Path]) -> list[Entry]:
     """Checkpoints under names that differ."""
-    from hmar_cli.commands.curves import names
-
-    return [Entry(*pair) for pair in zip(names(list(checkpoints)), checkpoints, strict=True)]
+    return [Entry(*pair) for pair in zip(short_names(checkpoints), checkpoints, strict=True)]
 
 
 def begin(flags: Flags) -> None:
@@ -142,7 +141,7 @@ def publish(study: Study, judge: "Judge", outcomes: "Sequence[Outcome]", out: Pa
     models = {each.trial.candidate.checkpoint.folder: each.trial.candidate for each in outcomes}
     settings = {
         "judge": judge.describe(),
-        "models": [each.describe() for each in models.values()],
+        "models": [each.about for each in models.values()],
         "trials": [{key: value for key, value in each.about.items() if key != "judge"} for each in outcomes],
         "versions": versions(),
     }
@@ -171,7 +170,7 @@ def rows_to_train(recipes: "Mapping[str, Recipe]", seeds: str, runs: Path) -> "d
     """
     from hmar_cli.analysis import studies
 
-    numbers = [part.strip() for part in seeds.split(",")] if seeds else []
+    numbers = words(seeds)
     if not all(each.isdecimal() for each in numbers):
         raise UserError(f"--train-seeds {seeds}: expected numbers", "give some as 0,1")
     found = {}
@@ -197,9 +196,16 @@ def train_and_measure(study: Study, chosen: "Mapping[Entry, Recipe]", data: str,
         return
     begin(flags)
     open_extractor(study, flags)  # what cannot be had is missed before the training, not after
-    from hmar_cli.analysis.drive import train_rows
+    from hmar_cli.console import console
+    from hmar_cli.runs import Options, train
 
-    train_rows({each.path: recipe for each, recipe in chosen.items()}, data, device=flags.device)
+    for number, (entry, recipe) in enumerate(chosen.items(), start=1):
+        out = entry.path
+        console.print(f"training {out.name} ({number} of {len(chosen)})", highlight=False)
+        resume = (out / "recipe.toml").is_file()
+        outcome = train(recipe, Options(data=data, out=str(out), resume=resume, device=flags.device))
+        if outcome.interrupted:
+            raise KeyboardInterrupt  # the run has saved and goes on from there the next time
     carry_out(study, list(chosen), flags)
 
 

@@ -1,12 +1,15 @@
 """Groups of flags: a dataclass stands for one flag a field."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
-from hmar_cli.commands.flags import given, with_flags
+from hmar_cli.commands.flags import choose, given, short_names, with_flags, words
+from hmar_cli.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +57,18 @@ def test_what_was_given_is_what_differs_from_the_defaults() -> None:
     assert given(Shared(size=3)) == {"size": 3}
     assert given(Shared(size=3, names=["a"])) == {"size": 3, "names": ["a"]}
     assert given(Inner()) == {} and given(Inner(slow=True)) == {"slow": True}
+
+
+def test_parts_between_commas() -> None:
+    assert words(" a, b,,c ") == ["a", "b", "c"] and words("") == []
+    assert choose("--some", "b,a,b", ("a", "b", "c"), "letter") == ["b", "a"]
+    assert choose("--some", "", ("a", "b", "c"), "letter") == ["a", "b", "c"]
+    with pytest.raises(UserError, match="--some a,d: no letter 'd'"):
+        choose("--some", "a,d", ("a", "b", "c"), "letter")
+
+
+def test_short_names() -> None:
+    paths = [Path("x/a.json"), Path("y/a.json"), Path("b.json")]
+    assert short_names(paths, lambda path: path.stem) == ["x/a.json", "y/a.json", "b"]
+    with pytest.raises(UserError, match="b.json is given twice"):
+        short_names([*paths, paths[2]])
