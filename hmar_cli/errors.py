@@ -29,6 +29,7 @@ def from_os_error(error: OSError) -> UserError:
         errno.ENOENT: "check the spelling of the path",
         errno.EEXIST: "something else lies there: choose another path",
         errno.ENOTDIR: "a part of this path is a file: choose another path",
+        errno.EISDIR: "a folder lies there: give the name of a file",
         errno.EROFS: "nothing can be written there: choose another path",
     }
     return UserError(f"{error.strerror or error}{where}", hints.get(error.errno or 0, ""))

@@ -1,6 +1,7 @@
 """Files that are either complete or absent: written beside their target, then renamed."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from hmar_cli.errors import UserError
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; it becomes `target` if the block ends well, else it is removed."""
+    if target.is_dir():  # else the message would be of the temporary file
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hmar_cli.commands import drawing
+from hmar_cli.commands.flags import require_places
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def prompts(
     from hmar_cli.launch import check_device, delegate, join_processes, leave_processes
 
     check_device(device)
+    picture = require_places(out, grid)
     delegate(launch, device)
     from hmar_cli.commands.subjects import open_images
     from hmar_cli.console import warn
@@ -72,7 +74,6 @@ def prompts(
     require_prompts(subject.source)
     place = join_processes(device)
     judge = open_judge(clip, clip_weights, place.device)
-    picture = grid or (out.with_suffix(".png") if out else None)
     scores = score_images(
         judge,
         subject.source,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hmar_cli.commands import drawing
-from hmar_cli.commands.flags import given, with_flags
+from hmar_cli.commands.flags import given, require_places, with_flags
 from hmar_cli.errors import UserError
 from hmar_cli.files import require_writable
 
@@ -67,9 +67,7 @@ def samples(
     extractor: Annotated[
         str, typer.Option(help="inception, open_clip:…, torchscript:…, module:… or a classifier's run.")
     ] = "",
-    extractor_weights: Annotated[
-        Path | None, typer.Option(help="File of its weights, where nothing can be downloaded.")
-    ] = None,
+    extractor_weights: drawing.ExtractorWeights = None,
     preset: Annotated[str, typer.Option(help="adm-imagenet-256, adm-imagenet-512 or coco-30k.")] = "",
     count: Annotated[int, typer.Option(min=0, help="Of the first images, or to draw; 0 is all.")] = 0,
     size: Annotated[
@@ -100,13 +98,11 @@ def samples(
     from hmar_cli.launch import check_device, delegate
 
     check_device(device)
-    if out and out.suffix != ".json":
-        raise UserError(f"--out {out}: the report is JSON", f"call it {out.with_suffix('.json')}")
+    picture = require_places(out, grid)
+    if make_stats:
+        require_writable(make_stats)
     wanted = {"extractor": extractor, "metrics": metrics, "count": count, "size": size, "crop": crop}
     plan = choose(wanted, preset, reference, extractor_weights, make_stats, batch_size)
-    picture = grid or (out.with_suffix(".png") if out else None)
-    for target in filter(None, (out, picture, make_stats)):
-        require_writable(target)
     order = None
     if is_checkpoint(Path(subject)):
         order = order_images(

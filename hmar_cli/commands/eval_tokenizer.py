@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hmar_cli.commands import drawing
+from hmar_cli.commands.flags import require_places
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,9 +64,7 @@ def tokenizer(
     extractor: Annotated[
         str, typer.Option(help="Of the rFID: inception, a classifier's checkpoint, ... [default: no rFID]")
     ] = "",
-    extractor_weights: Annotated[
-        Path | None, typer.Option(help="File of its weights, where they cannot be downloaded.")
-    ] = None,
+    extractor_weights: drawing.ExtractorWeights = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="Also LPIPS with VGG16, downloaded once.")] = False,
     lpips_weights: Annotated[
         Path | None, typer.Option(help="File of LPIPS's weights, in place of the download.")
@@ -88,6 +87,7 @@ def tokenizer(
     from hmar_cli.launch import check_device, delegate, join_processes, leave_processes
 
     check_device(device)
+    picture = require_places(out, grid)
     if preset:
         check_preset(
             {"--size": size, "--native": native, "--crop": crop, "--count": count, "--extractor": extractor}
@@ -115,7 +115,6 @@ def tokenizer(
     judge = open_extractor(extractor, place.device, extractor_weights) if extractor else None
     frames = framed(source, given, None if native else wanted or source.recipe.data.size, crop or "adm")
     frames.count, frames.batch_size, frames.share = count, batch_size, (place.rank, place.world)
-    picture = grid or (out.with_suffix(".png") if out else None)
     perceptual = open_lpips(lpips_weights) if lpips or lpips_weights else None
     found = measure(source, frames, judge, place.device, shown if picture else 0, perceptual)
     leave_processes()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hmar_cli.errors import UserError
+from hmar_cli.files import require_writable
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -93,3 +94,24 @@ def short_names(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"{twice} is given twice", "give it once")
     return names
+
+
+def require_places(out: Path | None, grid: Path | None) -> Path | None:
+    """See that report and grid can be written, before the work that they are to show.
+
+    Args:
+        out: file of the report.
+        grid: picture of images; None for one beside the report.
+
+    Returns:
+        Where the picture goes; None for nowhere.
+
+    Raises:
+        UserError: a file that cannot be written, or a report that is not called JSON.
+    """
+    if out and out.suffix != ".json":
+        raise UserError(f"--out {out}: the report is JSON", f"call it {out.with_suffix('.json')}")
+    picture = grid or (out.with_suffix(".png") if out else None)
+    for target in filter(None, (out, picture)):
+        require_writable(target)
+    return picture

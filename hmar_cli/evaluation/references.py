@@ -43,6 +43,7 @@ UNSAID = 2
 
 def is_statistics(path: Path) -> bool:
     """Whether a file holds statistics, ADM's or ours, rather than images alone."""
+    path = path.expanduser()
     if not path.is_file() or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -100,6 +101,7 @@ def read_reference(
     Raises:
         UserError: no such file, another format, statistics by another extractor, or without what a metric needs.
     """
+    path = path.expanduser()
     needed = [each for each in metrics if each in NEEDS_FEATURES]
     arrays, record = _read(path, ARRAYS if needed else ARRAYS - {"features"})
     try:
@@ -155,7 +157,7 @@ def open_reference(
     Raises:
         UserError: as `read_reference` and `open_source`, or no image that can be read.
     """
-    if is_statistics(path := Path(spelling).expanduser()):
+    if is_statistics(path := Path(spelling)):
         return read_reference(path, extractor, metrics, batch_size)
     wanted = size if size is not None else extractor.size
     found = observe_together(

@@ -185,7 +185,7 @@ def tower_config(tower: str) -> Mapping[str, Any]:
     config = open_clip.get_model_config(tower)
     if config is None:
         names = open_clip.list_models()
-        near = difflib.get_close_matches(tower, names, 5, 0.5) or names
+        near = difflib.get_close_matches(tower, names, 5, 0.5) or ["ViT-B-32", "ViT-L-14"]
         raise ValueError(f"expected a tower of open_clip such as {', '.join(near)}, got {tower!r}")
     if "hf_model_name" in config["text_cfg"]:
         raise ValueError(

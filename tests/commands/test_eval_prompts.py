@@ -107,6 +107,8 @@ def test_mistakes_are_one_line_and_a_hint(
 ) -> None:
     small = ("--clip", "small", "--clip-weights", weights)
     refused(hmar(tmp_path / "nowhere", *small), "no such source")
+    refused(hmar(samples, *small, "--out", tmp_path / "r.txt"), "r.txt: the report is JSON")
+    refused(hmar(samples, *small, "--grid", tmp_path), f"{tmp_path} is a folder")
     refused(hmar(samples, "--clip", "ViT-L14"), "CLIP ViT-L14: expected a tower of open_clip such as")
     refused(hmar(samples, "--clip", "ViT-L-14/openia"), "got 'openia'")
     refused(hmar(samples, "--clip", "small"), "CLIP small: expected one of the weights")

@@ -188,6 +188,8 @@ def test_mistakes_are_one_line_and_a_hint(made: Path, tmp_path: Path) -> None:
         ("an rFID needs 2", (tokenizer, photos, "--count", 1, "--extractor", made / "judge")),
         ("--preset tokenizer fixes --count", (tokenizer, photos, "--preset", "tokenizer", "--count", 3)),
         ("has 3 images, and --preset tokenizer is of 50000", (tokenizer, photos, "--preset", "tokenizer")),
+        ("r.png: the report is JSON", (tokenizer, photos, "--out", tmp_path / "r.png")),
+        (f"{tmp_path} is a folder", (tokenizer, photos, "--grid", tmp_path)),
     ]
     for message, arguments in cases:
         refused(hmar(*arguments), message)

@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 
 from hmar_cli.builders import build_model
 from hmar_cli.errors import UserError
-from hmar_cli.models.text import VOCABULARY, ClipTextEncoder, JointTextEncoder, tokenize, tower_size
+from hmar_cli.models.text import (
+    VOCABULARY,
+    ClipTextEncoder,
+    JointTextEncoder,
+    tokenize,
+    tower_config,
+    tower_size,
+)
 from hmar_cli.recipe import load_recipe
 
 CAPTIONS = ["a red circle left of a blue square", "", "an orange book, flat style " * 20]
@@ -267,3 +274,5 @@ def test_wrong_arguments_of_the_joint_encoder() -> None:
 def test_a_recipe_with_an_unknown_tower_is_told_in_one_line():
     with pytest.raises(UserError, match=r"text\.tower: expected a tower of open_clip .* got 'ViT-X'"):
         build_model(load_recipe("himar-s-coco", ["text.tower=ViT-X"]))
+    with pytest.raises(ValueError, match=r"such as ViT-B-32, ViT-L-14, got 'none'$"):  # near to none of 150
+        tower_config("none")
