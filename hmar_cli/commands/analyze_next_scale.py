@@ -160,7 +160,7 @@ class Looking:
         str,
         typer.Option(help="Also measure distances: a classifier's run, inception, open_clip:TOWER/TAG, …."),
     ] = ""
-    extractor_weights: Annotated[Path | None, typer.Option(help="Local file of its weights.")] = None
+    extractor_weights: drawing.ExtractorWeights = None
     shown: Annotated[int, typer.Option(min=1, max=64, help="Images in a row of the grid.")] = 8
 
 
@@ -508,13 +508,10 @@ def weightings(
 def weighting_quality(
     data: Annotated[str, typer.Option(help="Cache to train on.", show_default=False)],
     flags: sweeping.Flags,
+    training: sweeping.Training,
     recipe: Annotated[str, typer.Option(help="Of a next-scale model, by name or path.")] = "hmar-tiny",
     only: Annotated[str, typer.Option(help="Weightings, by commas. [default: all six]")] = "",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/weightings"),
-    train_set: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of training.")
-    ] = None,
-    train_seeds: Annotated[str, typer.Option(help="Seeds of training, as 0,1. [default: the recipe's]")] = "",
 ) -> None:
     """Make Table 4; the help text is `WEIGHTING_QUALITY`."""
     from hmar_cli.analysis import studies
@@ -527,7 +524,8 @@ def weighting_quality(
         base="always",
         row=lambda outcome: {key: value for key, value in outcome.row.items() if value not in ("", None)},
     )
-    chosen = sweeping.rows_to_train(weighted(recipe, only, train_set or []), train_seeds, runs)
+    recipes = weighted(recipe, only, training.train_set or [])
+    chosen = sweeping.rows_to_train(recipes, training.train_seeds, runs)
     sweeping.train_and_measure(study, chosen, data, flags)
 
 

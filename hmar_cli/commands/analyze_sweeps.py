@@ -5,8 +5,16 @@ from typing import Annotated
 
 import typer
 
-from hmar_cli.commands.flags import with_flags
-from hmar_cli.commands.sweeping import Flags, Study, carry_out, entries, rows_to_train, train_and_measure
+from hmar_cli.commands.flags import given, with_flags
+from hmar_cli.commands.sweeping import (
+    Flags,
+    Study,
+    Training,
+    carry_out,
+    entries,
+    rows_to_train,
+    train_and_measure,
+)
 from hmar_cli.errors import UserError
 
 MEASURED = """
@@ -155,16 +163,13 @@ def phases(checkpoints: Checkpoints, flags: Flags) -> None:
 @with_flags
 def ablation(
     flags: Flags,
+    training: Training,
     checkpoints: Annotated[
         list[str] | None,
         typer.Argument(help="Checkpoints or run folders; with --train names of recipes.", show_default=False),
     ] = None,
     train: Annotated[str, typer.Option(help="Cache on which recipes are trained first.")] = "",
     runs: Annotated[Path, typer.Option(help="Folder of their runs.")] = Path("runs/ablation"),
-    train_set: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of all recipes.")
-    ] = None,
-    train_seeds: Annotated[str, typer.Option(help="Seeds of training, as 0,1. [default: the recipe's]")] = "",
 ) -> None:
     """Draw Hi-MAR's Table 5; the help text is `ABLATION`."""
     from hmar_cli.analysis import studies
@@ -180,12 +185,13 @@ def ablation(
         from hmar_cli.recipe import load_recipe
 
         names = checkpoints or TABLE_5
-        recipes = {Path(name).stem: load_recipe(name, train_set or []) for name in names}
-        train_and_measure(study, rows_to_train(recipes, train_seeds, runs), train, flags)
+        recipes = {Path(name).stem: load_recipe(name, training.train_set or []) for name in names}
+        train_and_measure(study, rows_to_train(recipes, training.train_seeds, runs), train, flags)
         return
-    given = {"--train-set": train_set, "--train-seeds": train_seeds}
-    if wasted := [name for name, value in given.items() if value]:
-        raise UserError(f"{wasted[0]} is for --train", "give the cache to train on, or leave it out")
+    if wasted := list(given(training)):
+        raise UserError(
+            f"--{wasted[0].replace('_', '-')} is for --train", "give the cache to train on, or leave it out"
+        )
     if not checkpoints:
         raise UserError(
             "no checkpoints to measure", "give some, or --train CACHE to train the recipes of the table"

@@ -60,7 +60,7 @@ def tokenizers(
     crop: Annotated[Literal["adm", "var"], typer.Option(help="How images are scaled and cut.")] = "adm",
     count: Annotated[int, typer.Option(min=0, help="Of each source's first images; 0 is all.")] = 0,
     extractor: Annotated[str, typer.Option(help="Of the rFID. [default: no rFID]")] = "",
-    extractor_weights: Annotated[Path | None, typer.Option(help="Local file of its weights.")] = None,
+    extractor_weights: drawing.ExtractorWeights = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
     shown: Annotated[int, typer.Option(min=1, max=64, help="Images of each set in the grid.")] = 8,
     device: drawing.Device = "",

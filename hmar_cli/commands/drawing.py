@@ -38,6 +38,9 @@ Weights = Annotated[str, typer.Option(help="model or ema. [default: ema where it
 Tokenizer = Annotated[Path | None, typer.Option(help="Tokenizer, where the checkpoint carries none.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")]
 Precision = Annotated[str, typer.Option(help="auto (bf16 on a GPU), bf16 or fp32.")]
+ExtractorWeights = Annotated[
+    Path | None, typer.Option(help="File of the extractor's weights, where they cannot be downloaded.")
+]
 Launch = Annotated[int, typer.Option(min=0, help="Share the work over this many processes.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 

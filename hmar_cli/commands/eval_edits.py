@@ -1,7 +1,7 @@
 """`hmar eval edits`: measure how well a model fills regions of pictures that it has never seen."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,10 +13,13 @@ from hmar_cli.commands.flags import choose, given, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from hmar_cli.checkpoints.store import Checkpoint
     from hmar_cli.data.transforms import Pixels
     from hmar_cli.evaluation.edits import Fill, HeldOut, Report
     from hmar_cli.pictures.painter import ModelPainter
+    from hmar_cli.sampling.editing import EditSettings
     from hmar_cli.sampling.images import Conditions
 
 EXAMPLES = """
@@ -92,37 +95,16 @@ def edits(
     opened = open_checkpoint(checkpoint)
     settings = drawing.resolve(opened, asked)
     chosen = edit_settings(opened.recipe.tokenizer, False, strength, keep_scales)
-    if labels == "none" and (
-        guides := [name for name in ("cfg", "pivot_cfg", "refine_cfg") if name in asked]
-    ):
-        raise UserError(
-            f"--{guides[0].replace('_', '-')} guides towards a class, and --labels is none", "leave one out"
-        )
+    check_guides(labels, asked)
     import torch
 
-    from hmar_cli.builders import load_model
-    from hmar_cli.data.sources import open_source
-    from hmar_cli.evaluation.edits import measure_fills, read_held_out, yardsticks
+    from hmar_cli.evaluation.edits import measure_fills, yardsticks
     from hmar_cli.evaluation.extractors import open_extractor
     from hmar_cli.evaluation.measures import metric_name
-    from hmar_cli.pictures.painter import ModelPainter, without_condition
-    from hmar_cli.sampling.editing import model_size
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, codec, _ = load_model(checkpoint, loading.weights, loading.tokenizer)
     judge = open_extractor(extractor, place)
-    size = model_size(model, codec)
-    held_out = read_held_out(open_source(source, size=size), size, count)
-    conditions = None if labels == "none" else own_conditions(opened, held_out, loading.text_weights)
-    painter = ModelPainter(
-        model.to(place),
-        codec.to(place),
-        conditions,
-        settings if conditions else without_condition(settings),
-        chosen,
-        seed=seed,
-        precision=loading.precision,
-    )
+    painter, held_out = open_painter(opened, loading, settings, chosen, source, count, labels, place)
     erased = erases(chosen, whole=False) if erase is None else erase
     together = batch_size or opened.recipe.sample.batch_size
     _say_what_is_left_out(held_out, painter.select_attention(together))
@@ -143,11 +125,9 @@ def edits(
         return
     about = {
         "metric": name,
-        "checkpoint": str(opened.folder),
-        "recipe": opened.recipe.name,
-        "parameters": sum(each.numel() for each in model.parameters()),
-        "weights": opened.weights_file(loading.weights).stem,
-        "tokenizer_hash": opened.tokenizer_hash or codec.fingerprint(),
+        **opened.describe(loading.weights),
+        "parameters": sum(each.numel() for each in painter.model.parameters()),
+        "tokenizer_hash": opened.tokenizer_hash or painter.tokenizer.fingerprint(),
         "labels": labels,
         **asdict(chosen),
         "erase": erased,
@@ -161,6 +141,56 @@ def edits(
         **describe_report(report, held_out),
     }
     print(json.dumps(about, indent=2, ensure_ascii=False))
+
+
+def check_guides(labels: str, asked: Mapping[str, Any]) -> None:
+    """See that nothing guides towards a class where none is given.
+
+    Raises:
+        UserError: guidance without classes.
+    """
+    guides = [name for name in ("cfg", "pivot_cfg", "refine_cfg") if name in asked]
+    if labels == "none" and guides:
+        raise UserError(
+            f"--{guides[0].replace('_', '-')} guides towards a class, and --labels is none", "leave one out"
+        )
+
+
+def open_painter(
+    checkpoint: "Checkpoint",
+    loading: drawing.Loading,
+    settings: Any,
+    chosen: "EditSettings",
+    source: str,
+    count: int,
+    labels: str,
+    place: "torch.device",
+) -> "tuple[ModelPainter, HeldOut]":
+    """The model on its device, and the pictures at its size.
+
+    Raises:
+        UserError: one of them cannot be had, or pictures have classes or texts that the model cannot follow.
+    """
+    from hmar_cli.builders import load_model
+    from hmar_cli.data.sources import open_source
+    from hmar_cli.evaluation.edits import read_held_out
+    from hmar_cli.pictures.painter import ModelPainter, without_condition
+    from hmar_cli.sampling.editing import model_size
+
+    model, codec, _ = load_model(checkpoint.folder, loading.weights, loading.tokenizer)
+    size = model_size(model, codec)
+    held_out = read_held_out(open_source(source, size=size), size, count)
+    conditions = None if labels == "none" else own_conditions(checkpoint, held_out, loading.text_weights)
+    painter = ModelPainter(
+        model.to(place),
+        codec.to(place),
+        conditions,
+        settings if conditions else without_condition(settings),
+        chosen,
+        seed=loading.seed,
+        precision=loading.precision,
+    )
+    return painter, held_out
 
 
 def describe_report(report: "Report", held_out: "HeldOut") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Sweeps of `hmar analyze`: their flags, what these come to, and the way from a plan to files."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +11,7 @@ import typer
 from hmar_cli.commands import drawing
 from hmar_cli.commands.flags import short_names, words
 from hmar_cli.errors import UserError
+from hmar_cli.files import require_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,7 @@ class Flags:
         str,
         typer.Option(help="inception, a classifier's run, open_clip:TOWER/TAG, torchscript:FILE, module:…."),
     ] = "inception"
-    extractor_weights: Annotated[Path | None, typer.Option(help="Local file of its weights.")] = None
+    extractor_weights: drawing.ExtractorWeights = None
     metrics: Annotated[str, typer.Option(help="Of fid, sfid, is, kid, precision and recall.")] = ""
     count: Annotated[int, typer.Option(min=2, help="Images of each setting.")] = 2000
     crop: Annotated[Literal["adm", "var"], typer.Option(help="How real images are cut to size.")] = "adm"
@@ -55,6 +56,16 @@ class Flags:
     ] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False
     as_json: drawing.AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How recipes are trained before they are measured; each field is a flag."""
+
+    train_set: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of all recipes.")
+    ] = None
+    train_seeds: Annotated[str, typer.Option(help="Seeds of training, as 0,1. [default: the recipe's]")] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +131,9 @@ def carry_out(study: Study, chosen: Sequence[Entry], flags: Flags) -> None:
     from hmar_cli.analysis.sweep import sweep
     from hmar_cli.launch import join_processes
 
-    judge = open_judge(study, flags, trials)
     out = flags.out or Path("analysis") / study.name
+    require_writable(out / f"{study.name}.json")
+    judge = open_judge(study, flags, trials)
     outcomes = sweep(trials, judge, out, device=flags.device, shown=flags.shown)
     if join_processes(flags.device).rank == 0:
         publish(study, judge, outcomes, out, flags)
@@ -195,7 +207,7 @@ def train_and_measure(study: Study, chosen: "Mapping[Entry, Recipe]", data: str,
         print(json.dumps({"data": data, "train": [str(each.path) for each in chosen]}, indent=2))
         return
     begin(flags)
-    open_extractor(study, flags)  # what cannot be had is missed before the training, not after
+    require_judge(study, chosen.values(), flags)
     from hmar_cli.console import console
     from hmar_cli.runs import Options, train
 
@@ -220,12 +232,21 @@ def plan(study: Study, chosen: Sequence[Entry], flags: Flags) -> "list[Trial]":
     """
     fixed, varied = pairs("--set", flags.overrides), pairs("--vary", flags.vary)
     bases = [basis(entry, flags) for entry in chosen]
-    known = set[str]().union(*(settings_of(each.candidate.checkpoint.recipe) for each in bases))
-    if unknown := [key for key in {**fixed, **varied} if key not in known]:
+    require_settings({**fixed, **varied}, [each.candidate.checkpoint.recipe for each in bases])
+    return [trial for base in bases for trial in vary(study, base, fixed, varied)]
+
+
+def require_settings(names: Iterable[str], recipes: Sequence["Recipe"]) -> None:
+    """See that some model has each of the settings.
+
+    Raises:
+        UserError: none has one of them.
+    """
+    known = set[str]().union(*map(settings_of, recipes))
+    if unknown := [name for name in names if name not in known]:
         raise UserError(
             f"none of these models has a setting {unknown[0]!r}", f"they have {', '.join(sorted(known))}"
         )
-    return [trial for base in bases for trial in vary(study, base, fixed, varied)]
 
 
 def basis(entry: Entry, flags: Flags) -> "Trial":
@@ -374,6 +395,30 @@ def open_extractor(study: Study, flags: Flags) -> "tuple[tuple[str, ...], Extrac
         raise UserError("--reference is missing", "give real images; only --metrics is does without")
     place = join_processes(flags.device).device
     return metrics, extractors.open_extractor(flags.extractor, place, flags.extractor_weights)
+
+
+def require_judge(study: Study, recipes: Iterable["Recipe"], flags: Flags) -> None:
+    """See before the training what would be missed after it: settings, extractor, reference, and a place for files.
+
+    Raises:
+        UserError: one of them cannot be had.
+    """
+    from hmar_cli.data.sources import open_source
+    from hmar_cli.evaluation.measures import needs_reference
+    from hmar_cli.evaluation.observing import require_features
+    from hmar_cli.evaluation.references import is_statistics, read_reference
+
+    trained = list(recipes)
+    require_settings({**pairs("--set", flags.overrides), **pairs("--vary", flags.vary)}, trained)
+    require_writable((flags.out or Path("analysis") / study.name) / f"{study.name}.json")
+    metrics, extractor = open_extractor(study, flags)
+    require_features(extractor, metrics, trained[0].data.size)
+    if not needs_reference(metrics):
+        return
+    if is_statistics(path := Path(flags.reference)):
+        read_reference(path, extractor, metrics)
+    else:
+        open_source(flags.reference)
 
 
 def open_judge(study: Study, flags: Flags, trials: "Sequence[Trial]") -> "Judge":

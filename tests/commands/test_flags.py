@@ -70,5 +70,5 @@ def test_parts_between_commas() -> None:
 def test_short_names() -> None:
     paths = [Path("x/a.json"), Path("y/a.json"), Path("b.json")]
     assert short_names(paths, lambda path: path.stem) == ["x/a.json", "y/a.json", "b"]
-    with pytest.raises(UserError, match="b.json is given twice"):
+    with pytest.raises(UserError, match=r"b\.json is given twice"):
         short_names([*paths, paths[2]])
