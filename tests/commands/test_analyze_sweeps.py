@@ -389,6 +389,12 @@ def test_mistakes_of_training(world: Path, tmp_path: Path) -> None:
     refused(hmar("analyze", "ablation", "mar-tinny", *flags, *train), "no recipe named 'mar-tinny'")
     refused(hmar("analyze", "ablation", "mar-tiny", *flags, *train, "--train-seeds", "a"), "expected numbers")
     refused(hmar("analyze", "ablation", "mar-tiny", *flags, *train, "--metrics", "x"), "no metric 'x'")
+    ablation = ("analyze", "ablation", "mar-tiny", *flags, *train)
+    refused(hmar(*ablation, "--metrics", "sfid"), "which classifier-tiny has not")
+    refused(hmar(*ablation, "--set", "cgf=2"), "none of these models has a setting 'cgf'")
+    refused(hmar(*ablation, "--reference", tmp_path / "nowhere"), "no such source")
+    (tmp_path / "file").write_text("")
+    refused(hmar(*ablation, "--out", tmp_path / "file"), "file is a file")
     assert not (tmp_path / "runs").exists()
 
 
