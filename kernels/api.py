@@ -181,18 +181,17 @@ def scale_attention(
     run = _load(name)
     if head_scale is not None:
         head_scale = head_scale.to(torch.promote_types(dtype, torch.float32))
-    with torch.autocast(device.type, enabled=False):  # dtypes are those of the inputs
-        if not isinstance(qkv, Tensor):
-            out, lse = run.attention(*qkv, lengths, causal, softmax_scale, head_scale)
-        elif name == "triton":
-            out, lse = run.packed_attention(qkv, lengths, causal, softmax_scale, head_scale)
-        else:
-            out, lse = run.attention(*qkv.unbind(2), lengths, causal, softmax_scale, head_scale)
+    rest = lengths, causal, softmax_scale, head_scale
+    if name == "triton":
+        out, lse = run.attention(*(qkv, None, None) if isinstance(qkv, Tensor) else qkv, *rest)
+    else:
+        with torch.autocast(device.type, enabled=False):  # dtypes are those of the inputs
+            out, lse = run.attention(*qkv.unbind(2) if isinstance(qkv, Tensor) else qkv, *rest)
     if not return_lse:
         return out  # type: ignore[no-any-return]
     if lse is None:
         raise ValueError(f"expected an implementation that gives the log-sum-exp, got {name!r}")
-    return out, lse
+    return out, lse[:, :, :queries]  # Triton's has a pitch
 
 
 def _lengths(sides: Sequence[Side]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ Letters: B batch, L keys, N queries, H heads, D head size, T tiles, P numbers of
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from hmar_kernels.tiles import Schedule, schedule
 from hmar_kernels.triton_backward import keys_kernel, queries_kernel
 from hmar_kernels.triton_forward import forward_kernel, norms_kernel
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = math.log2(math.e)
 HEAD_SIZES = (32, 64, 96, 128)
@@ -119,51 +121,9 @@ def _pitch(length: int) -> int:
     return -(-length // ALIGN) * ALIGN
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Between samples, tokens and heads of [B, L, H, D]."""
-    return x.stride(0), x.stride(1), x.stride(2)
-
-
 def _contiguous_heads(x: Tensor) -> Tensor:
     """X [B, L, H, D] itself, or a copy where its last dimension is not contiguous."""
     return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _bulk_readable(x: Tensor) -> bool:
-    """Whether [B, L, H, D] is a matrix of B L rows with the heads side by side, which a descriptor can address."""
-    batch, length, heads, size = x.shape
-    fits = (heads == 1 or x.stride(2) == size) and (batch == 1 or x.stride(0) == length * x.stride(1))
-    aligned = x.data_ptr() % 16 == 0 and x.stride(1) * x.element_size() % 16 == 0
-    return fits and aligned and size & (size - 1) == 0 and batch * length < 2**31
-
-
-def _sources(
-    blocks: Sequence[tuple[Tensor, int]], setting: Setting
-) -> tuple[list[Any], list[tuple[int, int, int]]]:
-    """What a kernel reads tensors [B, L, H, D] by, with the strides: pointers, or descriptors of blocks of rows."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    sources: list[Any] = []
-    strides = []
-    for x, rows in blocks:
-        if not setting.bulk:
-            sources.append(x)
-            strides.append(_strides(x))
-            continue
-        batch, length, heads, size = x.shape
-        shape = [batch * length, heads * size]
-        sources.append(TensorDescriptor(x, shape, [x.stride(1), 1], [rows, size]))
-        strides.append((length, 1, size))
-    return sources, strides
-
-
-def _numbers(x: Tensor, setting: Setting) -> Any:
-    """What a kernel reads blocks of a contiguous array of numbers by: the tensor, or a descriptor."""
-    if not setting.bulk:
-        return x
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(x, [x.numel()], [1], [setting.block])
 
 
 @cache  # forever: recorded CUDA graphs read it
@@ -174,90 +134,158 @@ def _schedule(cut: tuple[Any, ...], device: torch.device) -> Schedule:
     return Schedule(tiles, bounds, plan.size)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What all launches of one call share.
+class _Descriptor(TensorDescriptor):  # type: ignore[misc]
+    """A descriptor of what `_Layout.readable` has checked."""
+
+    def __post_init__(self) -> None:
+        """Check nothing: it would take as long as a launch."""
+
+
+class _Layout(NamedTuple):
+    """How [B, L, H, D] lies in memory; `aligned`: its address is a multiple of 16 bytes."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    aligned: bool
+
+    def readable(self, dtype: torch.dtype) -> bool:
+        """Whether it is a matrix of B L rows with the heads side by side, which a descriptor can address."""
+        (batch, length, heads, size), (sample, token, head, _) = self.shape, self.strides
+        fits = (heads == 1 or head == size) and (batch == 1 or sample == length * token)
+        aligned = self.aligned and token * dtype.itemsize % 16 == 0
+        return fits and aligned and size & (size - 1) == 0 and batch * length < 2**31
+
+    def descriptor(self, rows: int) -> tuple[list[int], list[int], list[int]]:
+        """Shape, strides and block of its descriptor."""
+        batch, length, heads, size = self.shape
+        return [batch * length, heads * size], [self.strides[1], 1], [rows, size]
+
+
+class _Launch(NamedTuple):
+    """All that a launch of a kernel takes beside tensors.
 
     Attributes:
-        q: [B, N, H, D], the last dimension contiguous, as in k and v.
-        k: [B, L, H, D].
-        v: [B, L, H, D].
-        lengths: tokens of each scale.
-        causal: scales see earlier scales.
-        softmax_scale: factor on the scores.
-        head_scale: [H], or None where nothing is normalised.
+        kernel: the kernel with its grid.
+        descriptors: shape, strides and block of each, those of tensors and then of numbers; none where by pointers.
+        rest: the arguments from q_strides on.
+        constants: the kernel's constants.
+        tiles: T.
+        inline: see `Setting`.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lengths: tuple[int, ...]
-    causal: bool
-    softmax_scale: float
-    head_scale: Tensor | None
+    kernel: Any
+    descriptors: tuple[Any, ...]
+    rest: tuple[Any, ...]
+    constants: dict[str, Any]
+    tiles: int
+    inline: bool
 
-    @property
-    def samples(self) -> int:
-        """Heads of all samples, B H."""
-        return self.q.shape[0] * self.q.shape[2]
+    def __call__(self, blocks: Sequence[Tensor | None], *others: Any) -> None:
+        """Launch it on what it reads block by block, tensors and then numbers, and on the arguments behind those."""
+        if self.descriptors:
+            pairs = zip(blocks, self.descriptors, strict=True)
+            blocks = [x if x is None else _Descriptor(x, *how) for x, how in pairs]
+        self.kernel(*blocks, *others, *self.rest, **self.constants)
 
-    def schedule(self, s: Setting, by_keys: bool = False) -> Schedule:
-        """The tiles of a kernel."""
-        align = ALIGN if s.bulk else 1
-        cut = (self.lengths, self.q.shape[1], self.causal, by_keys, s.rows, s.block, align)
-        return _schedule(cut, self.q.device)
 
-    def suited(self, setting: Setting, *others: Tensor) -> Setting:
-        """The setting, or one that reads by pointers where memory is not laid out for descriptors."""
-        numbers = self.samples * max(_pitch(self.q.shape[1]), _pitch(self.k.shape[1]))
-        readable = numbers < 2**31 and all(map(_bulk_readable, (self.q, self.k, self.v, *others)))
-        if not setting.bulk or readable:
-            return setting
-        by_pointers = SMALL if self.q.shape[3] <= 64 else SHALLOW
-        rows, block = min(setting.rows, by_pointers.rows), min(setting.block, by_pointers.block)
-        return replace(setting, bulk=False, rows=rows, block=block, warps=4, stages=2)
+@cache
+def _launch(
+    kind: str,
+    setting: Setting | None,
+    layouts: tuple[_Layout, ...],
+    lengths: tuple[int, ...],
+    causal: bool,
+    softmax_scale: float,
+    normalized: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Launch:
+    """The launch of the kernel of a kind, a field of `Settings`: found by all that it depends on, made once.
+
+    The layouts are those of q, k, v and, in the backward pass, of the output's gradient.
+    """
+    (batch, queries, heads, size), keys = layouts[0].shape, layouts[1].shape[1]
+    s = setting or getattr(settings_for(lengths, causal, size, dtype, normalized), kind)
+    small = batch * heads * max(_pitch(queries), _pitch(keys)) < 2**31
+    if s.bulk and not (small and all(x.readable(dtype) for x in layouts)):
+        by_pointers = SMALL if size <= 64 else SHALLOW
+        rows, block = min(s.rows, by_pointers.rows), min(s.block, by_pointers.block)
+        s = replace(s, bulk=False, rows=rows, block=block, warps=4, stages=2)
+    by_keys = kind == "keys"
+    cut = (lengths, queries, causal, by_keys, s.rows, s.block, ALIGN if s.bulk else 1)
+    tiles, bounds, count = _schedule(cut, device)
+    descriptors: tuple[Any, ...] = ()
+    strides: tuple[Any, ...] = tuple(x.strides[:3] for x in layouts)
+    if s.bulk:
+        cuts = (s.block, s.rows, s.rows, s.block) if by_keys else (s.rows, s.block, s.block, s.rows)
+        numbers = [batch * heads * _pitch(queries if by_keys else keys)], [1], [s.block]
+        descriptors = (
+            *(x.descriptor(rows) for x, rows in zip(layouts, cuts, strict=False)),
+            *[numbers] * (3 if by_keys else 1),
+        )
+        strides = (None,) * len(layouts)
+    fold = _folds(dtype)
+    kernel, own = {
+        "forward": (forward_kernel, {"M": s.rows, "INLINE": s.inline, "STEADY": fold}),
+        "queries": (queries_kernel, {"M": s.rows, "FOLD": fold}),
+        "keys": (keys_kernel, {"J": s.rows, "FOLD": fold}),
+    }[kind]
+    constants = {
+        "D": size, "WIDTH": triton.next_power_of_2(size), "BLOCK": s.block, "NORMALIZE": normalized, "BULK": s.bulk,
+        "STAGES": s.stages, "num_warps": s.warps, "maxnreg": s.registers or None, "enable_fp_fusion": True,
+    }  # fmt: skip
+    rest = (*strides, tiles, bounds, count, heads, queries, keys, softmax_scale)
+    grid = (count * batch * heads,)
+    return _Launch(kernel[grid], descriptors, rest, own | constants, count, s.inline)
+
+
+def _folds(dtype: torch.dtype) -> bool:
+    """Whether factors may be folded into weights and gradients of scores: float16 has not the range."""
+    return dtype != torch.float16
+
+
+class _Call:
+    """The tensors of a call, heads contiguous, and what its launches depend on.
+
+    Attributes:
+        tensors: q [B, N, H, D], k [B, L, H, D], v [B, L, H, D], and in the backward pass the output's gradient.
+        softmax_scale: factor on the scores.
+        head_scale: [H], or None where nothing is normalised.
+        key: the last arguments of `_launch`.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        lengths: tuple[int, ...],
+        causal: bool,
+        softmax_scale: float,
+        head_scale: Tensor | None,
+    ) -> None:
+        self.tensors = [_contiguous_heads(x) for x in tensors]
+        self.head_scale = None if head_scale is None else head_scale.contiguous()
+        layouts = tuple(_Layout(x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in self.tensors)
+        q, self.softmax_scale = self.tensors[0], softmax_scale
+        self.key = layouts, lengths, causal, softmax_scale, head_scale is not None, q.dtype, q.device
+
+    def launch(self, kind: str, setting: Setting | None) -> _Launch:
+        """That of a kernel, with the setting or its own."""
+        return _launch(kind, setting, *self.key)
 
     def numbers(self, length: int) -> Tensor:
         """A float32 for each of `length` tokens of all heads, [B, H, P] with P from `_pitch`."""
-        shape = self.q.shape[0], self.q.shape[2], _pitch(length)
-        return torch.empty(shape, device=self.q.device, dtype=torch.float32)
-
-    def sizes(self, plan: Schedule) -> tuple[Any, ...]:
-        """The arguments tiles, bounds, count, heads, queries, keys and scale of every kernel."""
-        _, queries, heads, _ = self.q.shape
-        return plan.tiles, plan.bounds, plan.size, heads, queries, self.k.shape[1], self.softmax_scale
-
-    def constants(self, setting: Setting) -> dict[str, Any]:
-        """The constants of every kernel."""
-        size = self.q.shape[3]
-        return {
-            "D": size, "WIDTH": triton.next_power_of_2(size), "BLOCK": setting.block,
-            "NORMALIZE": self.head_scale is not None, "BULK": setting.bulk, "STAGES": setting.stages,
-            "num_warps": setting.warps, "maxnreg": setting.registers or None, "enable_fp_fusion": True,
-        }  # fmt: skip
+        batch, _, heads, _ = self.tensors[0].shape
+        return self.tensors[0].new_empty((batch, heads, _pitch(length)), dtype=torch.float32)
 
     def norms(self, x: Tensor, into: Tensor, factor: float = 1.0, scaled: bool = False) -> Tensor:
         """`factor` / |row| of x [B, L, H, D], times the head scale where `scaled`: to the numbers `into`."""
         batch, length, heads, size = x.shape
-        programs = batch * triton.cdiv(length, NORM_TOKENS) * triton.cdiv(heads, NORM_HEADS)
+        programs = batch * -(-length // NORM_TOKENS) * -(-heads // NORM_HEADS)
         norms_kernel[(programs,)](
-            x, into, self.head_scale, _strides(x), heads, length, factor, D=size,
-            WIDTH=triton.next_power_of_2(size), TOKENS=NORM_TOKENS, HEADS=NORM_HEADS, SCALED=scaled,
+            x, into, self.head_scale, x.stride()[:3], heads, length, factor, D=size,
+            WIDTH=1 << (size - 1).bit_length(), TOKENS=NORM_TOKENS, HEADS=NORM_HEADS, SCALED=scaled,
         )  # fmt: skip
         return into
-
-
-def _call(
-    parts: Sequence[Tensor],
-    lengths: tuple[int, ...],
-    causal: bool,
-    softmax_scale: float,
-    head_scale: Tensor | None,
-) -> _Call:
-    q, k, v = map(_contiguous_heads, parts)
-    return _Call(
-        q, k, v, lengths, causal, softmax_scale, None if head_scale is None else head_scale.contiguous()
-    )
 
 
 def forward(
@@ -272,85 +300,54 @@ def forward(
 
     P is `_pitch` of N; numbers beyond N are 0.
     """
-    call = _call(parts, lengths, causal, softmax_scale, head_scale)
-    q, k, v, head_scale = call.q, call.k, call.v, call.head_scale
-    queries, size = q.shape[1], q.shape[3]
-    s = call.suited(
-        (settings or settings_for(lengths, causal, size, q.dtype, head_scale is not None)).forward
-    )
-    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    lse = call.numbers(queries)
-    if lse.shape[2] > queries:
-        lse[:, :, queries:] = 0
-    norms: Any = lse
-    if head_scale is not None and not s.inline:
-        norms = _numbers(call.norms(k, call.numbers(k.shape[1])), s)
-    plan = call.schedule(s)
-    sources, strides = _sources([(q, s.rows), (k, s.block), (v, s.block)], s)
-    forward_kernel[(plan.size * call.samples,)](
-        *sources, out, lse, norms, lse if head_scale is None else head_scale, *strides, *call.sizes(plan),
-        M=s.rows, INLINE=s.inline, STEADY=_folds(q.dtype), **call.constants(s),
-    )  # fmt: skip
+    call = _Call(parts, lengths, causal, softmax_scale, head_scale)
+    launch, (q, k, v) = call.launch("forward", settings and settings.forward), call.tensors
+    out, lse = q.new_empty(q.shape), call.numbers(q.shape[1])
+    norms = None
+    if head_scale is not None and not launch.inline:
+        norms = call.norms(k, call.numbers(k.shape[1]))
+    launch([q, k, v, norms], out, lse, call.head_scale)
     return out, lse
-
-
-def _folds(dtype: torch.dtype) -> bool:
-    """Whether factors may be folded into weights and gradients of scores: float16 has not the range."""
-    return dtype != torch.float16
 
 
 def _over_queries(
     call: _Call,
-    dout: Tensor,
     out: Tensor,
     lse: Tensor,
     dq: Tensor,
     products: Tensor,
-    inverses: Tensor,
-    s: Setting,
-) -> Tensor:
+    inverses: Tensor | None,
+    setting: Setting | None = None,
+) -> Tensor | None:
     """Write dq and what the pass over keys needs; return the parts of head_scale's gradient, [B, H, T].
 
     The norms of keys and then of queries take the same memory, `inverses`.
     """
-    s = call.suited(s, dout)
-    head_scale, fold = call.head_scale, _folds(call.q.dtype)
-    plan = call.schedule(s)
-    d_scale = lse
-    if head_scale is not None:
-        call.norms(call.k, inverses)
-        d_scale = lse.new_empty((*lse.shape[:2], plan.size))
-    blocks = [(call.q, s.rows), (call.k, s.block), (call.v, s.block), (dout, s.rows)]
-    (q, k, v, d), strides = _sources(blocks, s)
-    queries_kernel[(plan.size * call.samples,)](
-        q, k, v, out, d, dq, lse, products, _numbers(inverses, s), lse if head_scale is None else head_scale,
-        d_scale, *strides, _strides(dq), *call.sizes(plan), M=s.rows, FOLD=fold, **call.constants(s),
-    )  # fmt: skip
-    if head_scale is not None:
-        call.norms(call.q, inverses, call.softmax_scale * LOG2E if fold else 1.0, fold)
+    launch, (q, k, *_) = call.launch("queries", setting), call.tensors
+    d_scale = None
+    if inverses is not None:
+        call.norms(k, inverses)
+        d_scale = lse.new_empty((*lse.shape[:2], launch.tiles))
+    given = out, dq, lse, products, call.head_scale, d_scale, dq.stride()[:3]
+    launch([*call.tensors, inverses], *given)
+    if inverses is not None:
+        fold = _folds(q.dtype)
+        call.norms(q, inverses, call.softmax_scale * LOG2E if fold else 1.0, fold)
     return d_scale
 
 
 def _over_keys(
     call: _Call,
-    dout: Tensor,
     lse: Tensor,
     dk: Tensor,
     dv: Tensor,
     products: Tensor,
-    inverses: Tensor,
-    s: Setting,
+    inverses: Tensor | None,
+    setting: Setting | None = None,
 ) -> None:
     """Write dk and dv."""
-    s = call.suited(s, dout)
-    plan = call.schedule(s, by_keys=True)
-    blocks = [(call.q, s.block), (call.k, s.rows), (call.v, s.rows), (dout, s.block)]
-    sources, strides = _sources(blocks, s)
-    keys_kernel[(plan.size * call.samples,)](
-        *sources, dk, dv, *(_numbers(x, s) for x in (lse, products, inverses)),
-        lse if call.head_scale is None else call.head_scale, *strides, _strides(dk), _strides(dv),
-        *call.sizes(plan), J=s.rows, FOLD=_folds(call.q.dtype), **call.constants(s),
-    )  # fmt: skip
+    blocks = [*call.tensors, lse, products, inverses]
+    call.launch("keys", setting)(blocks, dk, dv, call.head_scale, dk.stride()[:3], dv.stride()[:3])
 
 
 def backward(
@@ -364,19 +361,18 @@ def backward(
     softmax_scale: float,
     head_scale: Tensor | None,
     settings: Settings | None = None,
-) -> Tensor:
-    """Write the gradients of q, k and v into `gradients`; return that of head_scale, [H], or an empty tensor.
+) -> Tensor | None:
+    """Write the gradients of q, k and v into `gradients`; return that of head_scale, [H].
 
     `lse` is that of `forward`. Beside it, each head takes one row of float32 numbers, or two where normalised.
     """
-    call, dout = _call(parts, lengths, causal, softmax_scale, head_scale), _contiguous_heads(dout)
-    chosen = settings or settings_for(lengths, causal, call.q.shape[3], call.q.dtype, head_scale is not None)
-    products = call.numbers(call.q.shape[1])
-    inverses = products if head_scale is None else call.numbers(max(call.q.shape[1], call.k.shape[1]))
-    dq, dk, dv = gradients
-    d_scale = _over_queries(call, dout, out, lse, dq, products, inverses, chosen.queries)
-    _over_keys(call, dout, lse, dk, dv, products, inverses, chosen.keys)
-    return lse.new_empty(0) if head_scale is None else d_scale.sum(dim=(0, *range(2, d_scale.ndim)))
+    call = _Call((*parts, dout), lengths, causal, softmax_scale, head_scale)
+    (_, queries, *_), keys = out.shape, parts[1].shape[1]
+    (dq, dk, dv), products = gradients, call.numbers(queries)
+    inverses = None if head_scale is None else call.numbers(max(queries, keys))
+    d_scale = _over_queries(call, out, lse, dq, products, inverses, settings and settings.queries)
+    _over_keys(call, lse, dk, dv, products, inverses, settings and settings.keys)
+    return None if d_scale is None else d_scale.sum(dim=(0, 2))
 
 
 SHAPES = {
@@ -459,24 +455,22 @@ def tune(
     return found
 
 
-def _steps(kind: str, qkv: Tensor, rest: tuple[Any, ...]) -> Callable[[Setting], None]:
+def _steps(
+    kind: str, qkv: Tensor, rest: tuple[tuple[int, ...], bool, float, Tensor | None]
+) -> Callable[[Setting], Any]:
     """What runs one kind of kernel with a setting; everything that it reads is there."""
-    parts = qkv.unbind(2)
+    parts, (dq, dk, dv) = qkv.unbind(2), torch.empty_like(qkv).unbind(2)
     out, lse = forward(parts, *rest)
-    call, dout, (dq, dk, dv) = _call(parts, *rest), torch.ones_like(out), torch.empty_like(qkv).unbind(2)
-    products, inverses = call.numbers(out.shape[1]), call.numbers(out.shape[1])
-
-    def run(s: Setting) -> None:
-        if kind == "forward":
-            lengths, causal, softmax_scale, head_scale = rest
-            forward(parts, lengths, causal, softmax_scale, head_scale, Settings(s, s, s))
-        elif kind == "queries":
-            _over_queries(call, dout, out, lse, dq, products, inverses, s)
-        else:
-            _over_keys(call, dout, lse, dk, dv, products, inverses, s)
-
-    _over_queries(call, dout, out, lse, dq, products, inverses, SMALL)  # what the pass over keys reads
-    return run
+    call = _Call((*parts, torch.ones_like(out)), *rest)
+    products = call.numbers(out.shape[1])
+    inverses = None if rest[-1] is None else call.numbers(out.shape[1])
+    _over_queries(call, out, lse, dq, products, inverses, SMALL)  # what the pass over keys reads
+    run: dict[str, Callable[[Setting], Any]] = {
+        "forward": lambda s: forward(parts, *rest, Settings(s, s, s)),
+        "queries": lambda s: _over_queries(call, out, lse, dq, products, inverses, s),
+        "keys": lambda s: _over_keys(call, lse, dk, dv, products, inverses, s),
+    }
+    return run[kind]
 
 
 def _milliseconds(run: Callable[[Setting], None], setting: Setting) -> float:
@@ -488,123 +482,62 @@ def _milliseconds(run: Callable[[Setting], None], setting: Setting) -> float:
     return float(ms)
 
 
-@torch.library.custom_op("hmar::scale_attention", mutates_args=())
-def _operator(
+def _forward(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     lengths: Sequence[int],
     causal: bool,
     softmax_scale: float,
     head_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Compute out and lse; without k and v, q holds all three, [B, L, 3, H, D]."""
+    parts: Any = q.unbind(2) if k is None else (q, k, v)
     with torch.cuda.device_of(q):
-        return forward((q, k, v), tuple(lengths), causal, softmax_scale, head_scale)
+        return forward(parts, tuple(lengths), causal, softmax_scale, head_scale)
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Sequence[int],
+    causal: bool,
+    softmax_scale: float,
+    head_scale: Tensor | None,
+) -> list[Tensor]:
+    """Compute the gradients of all tensors that were given."""
+    gradients = [x.new_empty(x.shape) for x in (q, k, v) if x is not None]
+    parts: Any = (q, k, v)
+    into: Sequence[Tensor] = gradients
+    if k is None:
+        parts, into = q.unbind(2), gradients[0].unbind(2)
+    with torch.cuda.device_of(q):
+        d_scale = backward(dout, parts, out, lse, into, tuple(lengths), causal, softmax_scale, head_scale)
+    return gradients if d_scale is None else [*gradients, d_scale]
+
+
+_operator = torch.library.custom_op("hmar::scale_attention", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op("hmar::scale_attention_backward", _backward, mutates_args=())
 
 
 @_operator.register_fake
-def _shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    causal: bool,
-    softmax_scale: float,
-    head_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, size = q.shape
+def _shapes(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, size = *q.shape[:2], *q.shape[-2:]
     lse = q.new_empty((batch, heads, _pitch(queries)), dtype=torch.float32)
     return q.new_empty((batch, queries, heads, size)), lse
 
 
-@torch.library.custom_op("hmar::scale_attention_backward", mutates_args=())
-def _backward_operator(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Sequence[int],
-    causal: bool,
-    softmax_scale: float,
-    head_scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-    with torch.cuda.device_of(q):
-        d_scale = backward(
-            dout, (q, k, v), out, lse, gradients, tuple(lengths), causal, softmax_scale, head_scale
-        )
-    dq, dk, dv = gradients
-    return dq, dk, dv, d_scale
-
-
 @_backward_operator.register_fake
 def _backward_shapes(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Sequence[int],
-    causal: bool,
-    softmax_scale: float,
-    head_scale: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_scale = lse.new_empty(0 if head_scale is None else q.shape[2])
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_scale
-
-
-@torch.library.custom_op("hmar::packed_scale_attention", mutates_args=())
-def _packed_operator(
-    qkv: Tensor, lengths: Sequence[int], causal: bool, softmax_scale: float, head_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    with torch.cuda.device_of(qkv):
-        return forward(qkv.unbind(2), tuple(lengths), causal, softmax_scale, head_scale)
-
-
-@_packed_operator.register_fake
-def _packed_shapes(
-    qkv: Tensor, lengths: Sequence[int], causal: bool, softmax_scale: float, head_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    batch, length, _, heads, size = qkv.shape
-    lse = qkv.new_empty((batch, heads, _pitch(length)), dtype=torch.float32)
-    return qkv.new_empty((batch, length, heads, size)), lse
-
-
-@torch.library.custom_op("hmar::packed_scale_attention_backward", mutates_args=())
-def _packed_backward_operator(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Sequence[int],
-    causal: bool,
-    softmax_scale: float,
-    head_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    gradient = qkv.new_empty(qkv.shape)
-    parts, gradients = qkv.unbind(2), gradient.unbind(2)
-    with torch.cuda.device_of(qkv):
-        d_scale = backward(
-            dout, parts, out, lse, gradients, tuple(lengths), causal, softmax_scale, head_scale
-        )
-    return gradient, d_scale
-
-
-@_packed_backward_operator.register_fake
-def _packed_backward_shapes(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: Sequence[int],
-    causal: bool,
-    softmax_scale: float,
-    head_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), lse.new_empty(0 if head_scale is None else qkv.shape[3])
+    dout: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+) -> list[Tensor]:
+    head_scale = rest[-1]
+    gradients = [x.new_empty(x.shape) for x in (q, k, v) if x is not None]
+    return gradients if head_scale is None else [*gradients, lse.new_empty(head_scale.shape)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -615,34 +548,49 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)  # no zeros for its gradient
 
 
-def _differentiate(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    run: Callable[..., list[Tensor]], ctx: Any, dout: Tensor, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     *tensors, head_scale = ctx.saved_tensors
-    run = _packed_backward_operator if len(tensors) == 3 else _backward_operator
-    *gradients, d_scale = run(dout, *tensors, ctx.lengths, ctx.causal, ctx.softmax_scale, head_scale)
-    return (*gradients, None, None, None, None if head_scale is None else d_scale)
+    found = run(dout, *tensors, ctx.lengths, ctx.causal, ctx.softmax_scale, head_scale)
+    gradients = found if head_scale is None else found[:-1]
+    absent = (None,) * (3 - len(gradients))
+    return (*gradients, *absent, None, None, None, None if head_scale is None else found[-1])
 
 
-_operator.register_autograd(_differentiate, setup_context=_save)
-_packed_operator.register_autograd(_differentiate, setup_context=_save)
+_operator.register_autograd(partial(_differentiate, _backward_operator), setup_context=_save)
+
+
+class _ScaleAttention(torch.autograd.Function):
+    """The operator without the dispatcher, which would take the host as long as the launches."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """See `_forward`."""
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, of_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """See `_backward`."""
+        return _differentiate(_backward, ctx, dout, of_lse)
 
 
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     lengths: tuple[int, ...],
     causal: bool,
     softmax_scale: float,
     head_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `hmar_kernels.scale_attention`; q [B, N, H, D], k and v [B, L, H, D]."""
-    out, lse = _operator(q, k, v, lengths, causal, softmax_scale, head_scale)
-    return out, lse[:, :, : q.shape[1]]
+    """See `hmar_kernels.scale_attention`; q [B, N, H, D], k and v [B, L, H, D].
 
-
-def packed_attention(
-    qkv: Tensor, lengths: tuple[int, ...], causal: bool, softmax_scale: float, head_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See `hmar_kernels.scale_attention`; qkv [B, L, 3, H, D], whose gradient is one tensor of that shape."""
-    out, lse = _packed_operator(qkv, lengths, causal, softmax_scale, head_scale)
-    return out, lse[:, :, : qkv.shape[1]]
+    Or q [B, L, 3, H, D] alone, whose gradient is one tensor of that shape. The log-sum-exp has zeros beyond N.
+    """
+    plain = type(q) is Tensor and not torch.compiler.is_compiling()
+    run: Any = _ScaleAttention.apply if plain else _operator
+    return run(q, k, v, lengths, causal, softmax_scale, head_scale)  # type: ignore[no-any-return]

@@ -3,7 +3,7 @@
 The weights are computed anew from the log-sum-exp of the forward pass: seven matrix products for each block. One pass
 with five, which adds a block's share of the queries' gradient to sums in memory, was slower in every case measured.
 
-With q̂ = q / max(|q|, epsilon), a gradient g of q̂ becomes (g - q̂ (q̂·g)) / |q|; where the norm is clamped, g / epsilon.
+With q̂ = q / max(|q|, 1e-12), a gradient g of q̂ becomes (g - q̂ (q̂·g)) / |q|; where the norm is clamped, g / 1e-12.
 The factor of scores is folded into the scores' gradients where their type has the range for it (FOLD): that of the
 queries, f = temperature / |q|, of which dk = sum of (slope f) q needs no normalised copy of q.
 
@@ -16,8 +16,6 @@ Letters: as in `triton_forward`; J are rows where keys are tiles, M columns.
 import triton
 import triton.language as tl
 from hmar_kernels.triton_forward import (
-    EPSILON,
-    LN2,
     LOG2E,
     SIZES,
     block_start,
@@ -40,10 +38,10 @@ def zero_or_one(head_scale):
 
 @triton.jit
 def through_norm(x, inverse, gradient):
-    """The gradient of x [rows, D] from that of x / max(|x|, epsilon), and their product [rows]."""
+    """The gradient of x [rows, D] from that of x / max(|x|, 1e-12), and their product [rows]."""
     unit = x.to(tl.float32) * inverse[:, None]
     along = tl.sum(unit * gradient, 1)
-    kept = tl.where(inverse < 0.999 / EPSILON, along, 0.0)
+    kept = tl.where(inverse < 0.999e12, along, 0.0)  # not where clamped
     return (gradient - unit * kept[:, None]) * inverse[:, None], along
 
 
@@ -86,8 +84,8 @@ def gather_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def queries_kernel(
-    q, k, v, out, dout, dq, lse, products, norms, head_scale, d_scale, q_strides, k_strides, v_strides,
-    dout_strides, dq_strides, tiles, bounds, count, heads, queries, keys, scale,
+    q, k, v, dout, norms, out, dq, lse, products, head_scale, d_scale, dq_strides, q_strides, k_strides,
+    v_strides, dout_strides, tiles, bounds, count, heads, queries, keys, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr,
     FOLD: tl.constexpr, BULK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -102,10 +100,10 @@ def queries_kernel(
     first, last = tl.load(tile), tl.load(tile + 1)
     o_source = out + (tl.cast(b, tl.int64) * queries * heads + h) * D
     o_tile = load_rows(o_source, heads * D, 0, first, last, M, D, WIDTH, True, False).to(tl.float32)  # [M, D]
-    q_rows, q_stride, own = head_of(q, q_strides, b, h, D, BULK)
-    k_rows, k_stride, column = head_of(k, k_strides, b, h, D, BULK)
-    v_rows, v_stride, column = head_of(v, v_strides, b, h, D, BULK)
-    g_rows, g_stride, own = head_of(dout, dout_strides, b, h, D, BULK)
+    q_rows, q_stride, own = head_of(q, q_strides, queries, b, h, D, BULK)
+    k_rows, k_stride, column = head_of(k, k_strides, keys, b, h, D, BULK)
+    v_rows, v_stride, column = head_of(v, v_strides, keys, b, h, D, BULK)
+    g_rows, g_stride, own = head_of(dout, dout_strides, queries, b, h, D, BULK)
     dout_tile = load_rows(g_rows, g_stride, own, first, last, M, D, WIDTH, True, BULK)  # [M, D]
     q_tile = load_rows(q_rows, q_stride, own, first, last, M, D, WIDTH, True, BULK)  # [M, D]
     low = load_row(bounds, 0, first, last, M, True, False)
@@ -147,7 +145,7 @@ def queries_kernel(
         acc, along = through_norm(q_tile, inverse, acc)
         tl.store(d_scale + tl.program_id(0), tl.sum(tl.where(rows < last, along, 0.0), 0))
         acc *= temperature
-    d_rows, d_stride, column = head_of(dq, dq_strides, b, h, D, False)
+    d_rows, d_stride, column = head_of(dq, dq_strides, queries, b, h, D, False)
     store_rows(d_rows, d_stride, first, last, acc, M, D, WIDTH)
 
 
@@ -196,8 +194,8 @@ def gather_keys(
 
 @triton.jit(do_not_specialize=SIZES)
 def keys_kernel(
-    q, k, v, dout, dk, dv, lse, products, inverses, head_scale, q_strides, k_strides, v_strides, dout_strides,
-    dk_strides, dv_strides, tiles, bounds, count, heads, queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr,
+    q, k, v, dout, lse, products, inverses, dk, dv, head_scale, dk_strides, dv_strides, q_strides, k_strides,
+    v_strides, dout_strides, tiles, bounds, count, heads, queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr,
     J: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, FOLD: tl.constexpr, BULK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -210,10 +208,10 @@ def keys_kernel(
     sample = tl.program_id(0) // count
     b, h = sample // heads, sample % heads
     first, last = tl.load(tile), tl.load(tile + 1)
-    q_rows, q_stride, column = head_of(q, q_strides, b, h, D, BULK)
-    k_rows, k_stride, own = head_of(k, k_strides, b, h, D, BULK)
-    v_rows, v_stride, own = head_of(v, v_strides, b, h, D, BULK)
-    g_rows, g_stride, column = head_of(dout, dout_strides, b, h, D, BULK)
+    q_rows, q_stride, column = head_of(q, q_strides, queries, b, h, D, BULK)
+    k_rows, k_stride, own = head_of(k, k_strides, keys, b, h, D, BULK)
+    v_rows, v_stride, own = head_of(v, v_strides, keys, b, h, D, BULK)
+    g_rows, g_stride, column = head_of(dout, dout_strides, queries, b, h, D, BULK)
     k_tile = load_rows(k_rows, k_stride, own, first, last, J, D, WIDTH, True, BULK)  # [J, D]
     v_tile = load_rows(v_rows, v_stride, own, first, last, J, D, WIDTH, True, BULK)  # [J, D]
     low = load_row(bounds, 0, first, last, J, True, False)
@@ -238,13 +236,13 @@ def keys_kernel(
         inverses, start, low, high, factor, queries, begin, end - (whole_end - whole), whole, whole_end,
         D, WIDTH, BLOCK, NORMALIZE, FOLD, BULK, True, STAGES,
     )  # fmt: skip
-    d_rows, d_stride, _ = head_of(dv, dv_strides, b, h, D, False)
+    d_rows, d_stride, _ = head_of(dv, dv_strides, keys, b, h, D, False)
     store_rows(d_rows, d_stride, first, last, d_value, J, D, WIDTH)
     if NORMALIZE:
-        d_key *= LN2 * zero_or_one(temperature) if FOLD else factor * LN2
+        d_key *= zero_or_one(temperature) * (1 / LOG2E) if FOLD else factor * (1 / LOG2E)
         k_tile = load_rows(k_rows, k_stride, own, first, last, J, D, WIDTH, True, BULK)
         d_key, _ = through_norm(k_tile, inverse, d_key)
     else:
         d_key *= scale
-    d_rows, d_stride, _ = head_of(dk, dk_strides, b, h, D, False)
+    d_rows, d_stride, _ = head_of(dk, dk_strides, keys, b, h, D, False)
     store_rows(d_rows, d_stride, first, last, d_key, J, D, WIDTH)

@@ -17,16 +17,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-EPSILON = tl.constexpr(1e-12)
-TINY = tl.constexpr(1e-30)
-"""Stands for a head scale of zero, whose gradient is found by dividing by it."""
 SIZES = ["count", "heads", "queries", "keys"]
 """Arguments whose values never make a kernel of their own."""
-LOWEST = tl.constexpr(-1e30)
-"""Stands for the maximum of no score at all; minus infinity would give infinity minus infinity."""
-LARGEST = tl.constexpr(2.0**64)
-"""The largest sum of weights relative to an early maximum that leaves room for the sums of values."""
 
 
 @triton.jit
@@ -104,10 +96,10 @@ def store_rows(
 
 
 @triton.jit
-def head_of(source, strides, b, h, D: tl.constexpr, BULK: tl.constexpr):
-    """What `load_rows` needs for head h of sample b: source, stride, column."""
+def head_of(source, strides, length, b, h, D: tl.constexpr, BULK: tl.constexpr):
+    """What `load_rows` needs for head h of sample b: source, stride, column. Descriptors have no `strides`."""
     if BULK:
-        return source, b * strides[0], h * D
+        return source, b * length, h * D
     else:  # noqa: RET505 - a constant branch: the two return different types
         start = tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[2]
         return source + start, strides[1], 0
@@ -115,15 +107,15 @@ def head_of(source, strides, b, h, D: tl.constexpr, BULK: tl.constexpr):
 
 @triton.jit
 def inverse_norm(x):
-    """[rows]: 1 / max(|row|, epsilon) of [rows, D], as torch.nn.functional.normalize has it."""
+    """[rows]: 1 / max(|row|, 1e-12) of [rows, D], as torch.nn.functional.normalize has it."""
     wide = x.to(tl.float32)
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), EPSILON)
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(wide * wide, 1)), 1e-12)
 
 
 @triton.jit
 def nonzero(head_scale):
-    """The head scale, or something tiny instead of zero."""
-    return tl.where(head_scale == 0.0, TINY, head_scale)
+    """The head scale, or something tiny instead of zero: its gradient is found by dividing by it."""
+    return tl.where(head_scale == 0.0, 1e-30, head_scale)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -209,23 +201,25 @@ def _attend(
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q, k, v, out, lse, norms, head_scale, q_strides, k_strides, v_strides, tiles, bounds, count, heads,
+    q, k, v, norms, out, lse, head_scale, q_strides, k_strides, v_strides, tiles, bounds, count, heads,
     queries, keys, scale, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
     NORMALIZE: tl.constexpr, INLINE: tl.constexpr, BULK: tl.constexpr, STEADY: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of one head: out [B, N, H, D] and lse [B, H, N] from q, k and v of any strides (of B, L and H).
 
-    Arrays of numbers lie as `pitch` says. `norms` [B, H, L] holds 1 / |key| unless INLINE. `scale` is not negative
-    unless NORMALIZE.
+    Arrays of numbers lie as `pitch` says, lse with zeros between heads. Where NORMALIZE, `norms` [B, H, L] holds
+    1 / |key| unless INLINE; else `scale` is not negative.
     """
+    LOWEST: tl.constexpr = -1e30  # stands for the maximum of no score at all: no infinity minus infinity
+    LARGEST: tl.constexpr = 2.0**64  # sum relative to an early maximum that leaves room for sums of values
     tile = tiles + tl.program_id(0) % count * 6
     sample = tl.program_id(0) // count
     b, h = sample // heads, sample % heads
     first, last = tl.load(tile), tl.load(tile + 1)
     rows = first + tl.arange(0, M)
-    q_rows, q_stride, q_column = head_of(q, q_strides, b, h, D, BULK)
-    k_rows, k_stride, column = head_of(k, k_strides, b, h, D, BULK)
-    v_rows, v_stride, column = head_of(v, v_strides, b, h, D, BULK)
+    q_rows, q_stride, q_column = head_of(q, q_strides, queries, b, h, D, BULK)
+    k_rows, k_stride, column = head_of(k, k_strides, keys, b, h, D, BULK)
+    v_rows, v_stride, column = head_of(v, v_strides, keys, b, h, D, BULK)
     q_tile = load_rows(q_rows, q_stride, q_column, first, last, M, D, WIDTH, True, BULK)  # [M, D]
     low = load_row(bounds, 0, first, last, M, True, False)
     high = load_row(bounds, queries, first, last, M, True, False)
@@ -258,10 +252,9 @@ def forward_kernel(
         again = tl.where((tl.max(total, 0) > LARGEST) & (whole < whole_end), 1, 0)
         whole = whole_end
     total = tl.where(rows < last, total, 1.0)
-    tl.store(
-        lse + tl.cast(sample, tl.int64) * pitch(queries) + rows,
-        (top + tl.log2(total)) * LN2,
-        mask=rows < last,
-    )
+    lse += tl.cast(sample, tl.int64) * pitch(queries)
+    tl.store(lse + rows, (top + tl.log2(total)) * (1 / LOG2E), mask=rows < last)
+    rest = last + tl.arange(0, 4)
+    tl.store(lse + rest, 0.0, mask=(rest >= queries) & (rest < pitch(queries)))
     out += (tl.cast(b, tl.int64) * queries * heads + h) * D
     store_rows(out, heads * D, first, last, acc / total[:, None], M, D, WIDTH)
