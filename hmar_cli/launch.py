@@ -99,6 +99,11 @@ class Place(NamedTuple):
     rank: int
     world: int
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """Its part of the work: its number, and how many there are."""
+        return self.rank, self.world
+
 
 def join_processes(device: str = "") -> Place:
     """Connect this process with the others that `delegate` started, if it did.

@@ -1,4 +1,4 @@
-"""Where a trained model of scales looks (HMAR supplement B.2 and B.3, Figs 9 and 10).
+"""Where a trained next-scale model looks (HMAR supplement B.2 and B.3, Figs 9 and 10).
 
 Attention is that of next-scale prediction on true tokens: each scale given the true coarser ones.
 

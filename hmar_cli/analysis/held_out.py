@@ -1,4 +1,4 @@
-"""What models of scales are analysed on: held-out images as tokens, with the models' own labels.
+"""What next-scale models are analysed on: held-out images as tokens, with the models' own labels.
 
 Letters: N images, L tokens of all scales, H W the image.
 """
@@ -33,7 +33,7 @@ from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 @dataclass(frozen=True)
 class Subject:
-    """A model of scales, in evaluation mode and on its device.
+    """A next-scale model, in evaluation mode and on its device.
 
     Attributes:
         name: short, for tables and legends.

@@ -96,8 +96,8 @@ def tokenizers(
     pictures: dict[str, list[Pixels]] = {}
     for spelling, size, name in cases:
         side = sides[size, name]
-        frames = eval_tokenizer.framed(opened[name], open_source(spelling, size=side), side, crop)
-        frames.count, frames.batch_size, frames.share = count, batch_size, (place.rank, place.world)
+        drawn, more = open_source(spelling, size=side), {"count": count, "batch_size": batch_size}
+        frames = eval_tokenizer.framed(opened[name], drawn, side, crop, **more, share=place.share)
         found = eval_tokenizer.measure(opened[name], frames, judge, place.device, shown)
         report = eval_tokenizer.make_report(opened[name], frames, judge, found, "", str(place.device))
         reports.append(report.describe())

@@ -142,8 +142,7 @@ def draw_and_measure(
     with drawn_images(order, out / DRAWN, device) as subject:
         scores = PromptScores()
         if judge is not None:
-            share = (place.rank, place.world)
-            scores = score_images(judge, subject.source, count=order.count, share=share).gather()
+            scores = score_images(judge, subject.source, count=order.count, share=place.share).gather()
     leave_processes()
     if place.rank:
         return None

@@ -80,7 +80,7 @@ def prompts(
         count=count,
         batch_size=batch_size,
         shown=SHOWN if picture else 0,
-        share=(place.rank, place.world),
+        share=place.share,
     ).gather()
     leave_processes()
     if place.rank:

@@ -12,9 +12,12 @@ from hmar_cli.errors import UserError
 if TYPE_CHECKING:
     from hmar_cli.checkpoints.store import Checkpoint
     from hmar_cli.data.frames import FramedImages
+    from hmar_cli.data.images import ImageSource
+    from hmar_cli.data.transforms import Crop
     from hmar_cli.evaluation.extractors import Extractor
     from hmar_cli.evaluation.reconstruction import Reconstructions
     from hmar_cli.evaluation.reports import Report
+    from hmar_cli.models.scales import Side
     from hmar_cli.tokenizers.losses import Lpips
 
 EXAMPLES = """
@@ -25,10 +28,10 @@ centre-cropped to the size at which the tokenizer was trained, to `--size`, or w
 sizes, less what the stride does not divide. A multi-scale VQ tokenizer gets scales in proportion to the size.
 
 PSNR (dB), SSIM and L1 (black is -1, white 1) are means over images, with their standard deviation, and with `--lpips`
-LPIPS too; all are of pictures of 8 bits. With `--extractor`, rFID is the Fréchet distance of the pictures' features
-from those of the images: `rFID-50k` of Inception, `rFID[classifier-cifar10]-10k` of a classifier. Of codes, usage is
-the share of the codebook that occurs, and perplexity the number of codes that would be as varied if all came equally
-often; of latents, `std` is the standard deviation before any scale.
+LPIPS too; all are of images of 8 bits. With `--extractor`, rFID is the Fréchet distance of the features of
+reconstructions from those of the images: `rFID-50k` of Inception, `rFID[classifier-cifar10]-10k` of a classifier. Of
+codes, usage is the share of the codebook that occurs, and perplexity the number of codes that would be as varied if
+all came equally often; of latents, `std` is the standard deviation before any scale.
 
 `--preset tokenizer` measures as papers do (VAR; HMAR, supplement, Table 5): ImageNet's 50,000 validation images, the
 tokenizer's own size, ADM's crop, Inception.
@@ -75,7 +78,8 @@ def tokenizer(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 16,
     out: Annotated[Path | None, typer.Option(help="JSON file for the report.")] = None,
     grid: Annotated[
-        Path | None, typer.Option(help="PNG file of images above their pictures. [default: beside --out]")
+        Path | None,
+        typer.Option(help="PNG file of images above their reconstructions. [default: beside --out]"),
     ] = None,
     shown: Annotated[int, typer.Option(min=1, help="First images that it shows.")] = 16,
     device: drawing.Device = "",
@@ -113,8 +117,8 @@ def tokenizer(
         )
     place = join_processes(device)
     judge = open_extractor(extractor, place.device, extractor_weights) if extractor else None
-    frames = framed(source, given, None if native else wanted or source.recipe.data.size, crop or "adm")
-    frames.count, frames.batch_size, frames.share = count, batch_size, (place.rank, place.world)
+    side = None if native else wanted or source.recipe.data.size
+    frames = framed(source, given, side, crop or "adm", count=count, batch_size=batch_size, share=place.share)
     perceptual = open_lpips(lpips_weights) if lpips or lpips_weights else None
     found = measure(source, frames, judge, place.device, shown if picture else 0, perceptual)
     leave_processes()
@@ -128,7 +132,9 @@ def tokenizer(
     report = make_report(source, frames, judge, found, preset or "", str(place.device))
     if picture:
         save_png(pairs_grid(found.pairs), picture)
-        console.print(f"the first {len(found.pairs)} images above their pictures: {picture}", highlight=False)
+        console.print(
+            f"the first {len(found.pairs)} images above their reconstructions: {picture}", highlight=False
+        )
     for line in warnings(frames, found):
         warn(line)
     publish(report, out, as_json=as_json, show=print_report)
@@ -174,8 +180,10 @@ def open_lpips(weights: Path | None) -> "Lpips":
         ) from error
 
 
-def framed(checkpoint: "Checkpoint", source: Any, size: Any, crop: Any) -> "FramedImages":
-    """The images of a source at a size that the tokenizer takes.
+def framed(
+    checkpoint: "Checkpoint", source: "ImageSource", size: "Side | None", crop: "Crop", **more: Any
+) -> "FramedImages":
+    """The images of a source at a size that the tokenizer takes; `more` is given to `FramedImages`.
 
     Raises:
         UserError: a size that its stride does not divide.
@@ -191,7 +199,7 @@ def framed(checkpoint: "Checkpoint", source: Any, size: Any, crop: Any) -> "Fram
             f"--size {width}x{height}: a token of this tokenizer is {stride} pixels wide, which must divide both",
             f"such as --size {columns}x{rows}",
         )
-    return FramedImages(source, stride, None if size is None else (height, width), crop)
+    return FramedImages(source, stride, None if size is None else (height, width), crop, **more)
 
 
 def measure(

@@ -170,13 +170,13 @@ def observe(
         raise ValueError(f"expected metrics of {METRICS}, got {unknown[0]!r}")
     wanted = size if size is not None else extractor.size
     cut = None if wanted is None else image_transform(wanted, crop, train=False)
-    looking = _Looking(extractor, metrics, cut, shown)
+    observer = _Observer(extractor, metrics, cut, shown)
     if isinstance(source, ImageSource):
-        looking.name_classes(source.class_names)
-        looking.found.source = source.name
+        observer.name_classes(source.class_names)
+        observer.found.source = source.name
         batches = shared_batches(
             source,
-            looking.read,
+            observer.read,
             title=title,
             count=count,
             batch_size=batch_size,
@@ -184,14 +184,14 @@ def observe(
             share=share,
         )
     else:
-        looking.name_classes(tuple(dict.fromkeys(labels or ())))
-        looking.found.source = name
-        batches = _batches_of_tensors(source, count, looking.prepare, labels or (), title, share)
+        observer.name_classes(tuple(dict.fromkeys(labels or ())))
+        observer.found.source = name
+        batches = _batches_of_tensors(source, count, observer.prepare, labels or (), title, share)
     start = time.perf_counter()
     with contextlib.closing(batches):
         for batch in batches:
-            looking.add(batch)
-    return looking.finish(time.perf_counter() - start)
+            observer.add(batch)
+    return observer.finish(time.perf_counter() - start)
 
 
 @dataclass
@@ -241,7 +241,7 @@ def _batches_of_tensors(
                 return
 
 
-class _Looking:
+class _Observer:
     """Observations in the making."""
 
     def __init__(

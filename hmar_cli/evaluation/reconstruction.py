@@ -1,7 +1,7 @@
 """How well tokenizers reconstruct images, and how they use their codes or latents.
 
-Every number is of pictures of 8 bits, as they would be saved. A picture is made as sampling makes it: from the tokens
-of a multi-scale VQ tokenizer, from the posterior's mean of a KL autoencoder.
+Every number is of reconstructions of 8 bits, as they would be saved. They are made as sampling makes images: from the
+tokens of a multi-scale VQ tokenizer, from the posterior's mean of a KL autoencoder.
 
 Letters: B images of a batch, H W their height and width, K scales, V codes, F features.
 """
@@ -35,7 +35,7 @@ C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 """What keeps SSIM's fractions finite, for levels of 0 to 255."""
 
 
-def ssim(images: Tensor, pictures: Tensor) -> Tensor:
+def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     """Structural similarity of each pair (Wang et al. 2004, with its window and constants), 1 where they are equal.
 
     It is computed for each colour and for each place where the whole window lies inside the image, and averaged over
@@ -44,7 +44,7 @@ def ssim(images: Tensor, pictures: Tensor) -> Tensor:
 
     Args:
         images: [B, 3, H, W], levels of 0 to 255, sides of at least `WINDOW`.
-        pictures: the same shape.
+        reconstructions: the same shape.
 
     Returns:
         [B] float64.
@@ -52,10 +52,12 @@ def ssim(images: Tensor, pictures: Tensor) -> Tensor:
     Raises:
         ValueError: other shapes.
     """
-    if images.shape != pictures.shape or images.ndim != 4 or min(images.shape[2:]) < WINDOW:
-        shapes = f"{list(images.shape)} and {list(pictures.shape)}"
+    if images.shape != reconstructions.shape or images.ndim != 4 or min(images.shape[2:]) < WINDOW:
+        shapes = f"{list(images.shape)} and {list(reconstructions.shape)}"
         raise ValueError(f"expected two batches of one shape with sides of at least {WINDOW}, got {shapes}")
-    x, y = (each.double().flatten(0, 1).unsqueeze(1) for each in (images, pictures))  # B 3 H W -> 3B 1 H W
+    x, y = (
+        each.double().flatten(0, 1).unsqueeze(1) for each in (images, reconstructions)
+    )  # B 3 H W -> 3B 1 H W
     place = torch.arange(WINDOW, dtype=torch.double, device=x.device) - WINDOW // 2
     bell = (-0.5 * (place / SIGMA) ** 2).exp()
     bell = bell / bell.sum()
@@ -121,12 +123,12 @@ class _Latents:
 
 
 class Reconstructions:
-    """What a tokenizer makes of images, which come in batches; of the pictures only the first ones are kept.
+    """What a tokenizer makes of images, which come in batches; of the reconstructions only the first ones are kept.
 
     Args:
         tokenizer: in evaluation mode, on its device.
-        extractor: gives the features of the rFID, of images and pictures alike; without one there is no rFID.
-        shown: pairs of the first images and their pictures that are kept.
+        extractor: gives the features of the rFID, of images and reconstructions alike; without one there is no rFID.
+        shown: pairs of the first images and their reconstructions that are kept.
         perceptual: gives the LPIPS of each pair, on the tokenizer's device; without one there is none.
 
     Attributes:
@@ -135,7 +137,7 @@ class Reconstructions:
         ssim: of each image; none of images smaller than its window.
         l1: mean absolute difference of each image, where black is -1 and white 1.
         lpips: of each image; none of images whose sides are below 16.
-        pairs: the first images and their pictures, each [H, W, 3].
+        pairs: the first images and their reconstructions, each [H, W, 3].
     """
 
     def __init__(
@@ -154,7 +156,7 @@ class Reconstructions:
         self.pairs: list[tuple[Pixels, Pixels]] = []
         self._device = next(tokenizer.parameters()).device
         self._bottleneck = _Codes(tokenizer) if isinstance(tokenizer, MultiScaleVQ) else _Latents(tokenizer)
-        self._statistics = FeatureStatistics(), FeatureStatistics()  # of images, of pictures
+        self._statistics = FeatureStatistics(), FeatureStatistics()  # of images, of reconstructions
 
     @property
     def count(self) -> int:
@@ -174,34 +176,36 @@ class Reconstructions:
             images: [B, 3, H, W] uint8, of a size that the tokenizer's stride divides.
 
         Returns:
-            The pictures, [B, 3, H, W] uint8.
+            The reconstructions, [B, 3, H, W] uint8.
 
         Raises:
             ValueError: other images, or ones that are too small for the tokenizer's scales.
-            FloatingPointError: pictures that are not finite.
+            FloatingPointError: reconstructions that are not finite.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"expected uint8 [B, 3, H, W], got {images.dtype} {list(images.shape)}")
         self.digests += (image_digest(_pixels(each)) for each in images)
         images = images.to(self._device)
         wanted = images.float() / 127.5 - 1
-        pictures = self._bottleneck(wanted)
-        if not pictures.isfinite().all():
-            raise FloatingPointError("the tokenizer's pictures are not finite")
-        pictures = ((pictures + 1) * 127.5).round().to(torch.uint8)  # [B, 3, H, W]
-        got = pictures.float() / 127.5 - 1
+        reconstructions = self._bottleneck(wanted)
+        if not reconstructions.isfinite().all():
+            raise FloatingPointError("the tokenizer's reconstructions are not finite")
+        reconstructions = ((reconstructions + 1) * 127.5).round().to(torch.uint8)  # [B, 3, H, W]
+        got = reconstructions.float() / 127.5 - 1
         self.psnr += psnr(wanted, got).tolist()
         self.l1 += (wanted - got).abs().double().mean(dim=(1, 2, 3)).tolist()
         if min(images.shape[2:]) >= WINDOW:
-            self.ssim += ssim(images, pictures).tolist()
+            self.ssim += ssim(images, reconstructions).tolist()
         if self.perceptual is not None and min(images.shape[2:]) >= 16:
             self.lpips += self.perceptual(wanted, got).double().tolist()
         if self.extractor is not None:
-            for statistics, pixels in zip(self._statistics, (images, pictures), strict=True):
+            for statistics, pixels in zip(self._statistics, (images, reconstructions), strict=True):
                 statistics.add(self.extractor(_scaled(pixels, self.extractor.size)).pooled)
         room = self.shown - len(self.pairs)
-        self.pairs += [(_pixels(a), _pixels(b)) for a, b in zip(images[:room], pictures[:room], strict=True)]
-        return pictures
+        self.pairs += [
+            (_pixels(a), _pixels(b)) for a, b in zip(images[:room], reconstructions[:room], strict=True)
+        ]
+        return reconstructions
 
     def gather(self) -> None:
         """Join what all processes found, where there are several; the pairs stay those of each one."""
@@ -220,15 +224,17 @@ class Reconstructions:
             total.copy_(torch.stack(each).sum(dim=0))
 
     def rfid(self) -> float | None:
-        """Fréchet distance of the pictures' features from those of the images; None without an extractor.
+        """Fréchet distance of the reconstructions' features from those of the images; None without an extractor.
 
         Raises:
             ValueError: fewer than two images.
         """
         if self.extractor is None:
             return None
-        images, pictures = self._statistics
-        return frechet_distance(pictures.mean, pictures.covariance, images.mean, images.covariance)
+        images, reconstructions = self._statistics
+        return frechet_distance(
+            reconstructions.mean, reconstructions.covariance, images.mean, images.covariance
+        )
 
     def summary(self) -> dict[str, Any]:
         """Means over the images, and what is known of codes or latents.
@@ -285,7 +291,7 @@ def evaluate_tokenizer(
         tokenizer: in evaluation mode, on its device.
         images: batches [B, 3, H, W] uint8; each batch may have its own size.
         extractor: of the rFID's features.
-        shown: pairs of images and pictures that are kept.
+        shown: pairs of images and reconstructions that are kept.
         perceptual: of LPIPS, on the tokenizer's device.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Small random models of scales, and images as their tokens."""
+"""Small random next-scale models, and images as their tokens."""
 
 from collections.abc import Callable
 from dataclasses import replace

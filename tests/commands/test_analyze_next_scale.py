@@ -1,4 +1,4 @@
-"""`hmar analyze` on small random models of scales, by the commands alone."""
+"""`hmar analyze` on small random next-scale models, by the commands alone."""
 
 import csv
 import json
