@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hmar_cli.console import console, print_table
-from hmar_cli.errors import UserError
-from hmar_cli.files import atomic_file, read_json, write_json
+from hmar_cli.data.transforms import Pixels
+from hmar_cli.files import atomic_file, write_json
+from hmar_cli.report import labelled_grid, save_figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +25,41 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | bool | None
 Row = Mapping[str, Cell]
+
+
+def publish_analysis(
+    out: Path | None,
+    name: str,
+    rows: Sequence[Row],
+    settings: Mapping[str, Any],
+    figure: "Figure | None",
+    *,
+    as_json: bool,
+    tiles: Mapping[str, Sequence[Pixels]] | None = None,
+    drawn: Sequence[Path] = (),
+    summary: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
+    shown: Sequence[Row] = (),
+) -> None:
+    """Write an analysis and print it; see `save_analysis` and `print_analysis`.
+
+    Args:
+        out: the folder; None for "analysis/NAME".
+        name: of the analysis.
+        rows: the numbers.
+        settings: what they depend on.
+        figure: of the rows; None where a file of `drawn` is it.
+        as_json: print JSON instead of a table.
+        tiles: images of each row of the grid, by its label; None for no grid.
+        drawn: files that are written already.
+        summary: what the rows come to.
+        notes: the same for people.
+        shown: fewer rows for the table.
+    """
+    grid = labelled_grid(tiles) if tiles else None
+    folder = out or Path("analysis") / name
+    files = [*drawn, *save_analysis(folder, name, rows, settings, figure, grid=grid, summary=summary)]
+    print_analysis(name, rows, settings, files, as_json=as_json, summary=summary, notes=notes, shown=shown)
 
 
 def save_analysis(
@@ -50,8 +86,6 @@ def save_analysis(
     Returns:
         The files.
     """
-    from hmar_cli.report import save_figure, save_png
-
     files = {kind: out / f"{name}{kind}" for kind in (".png", "-grid.png", ".csv", ".json")}
     written = []
     if figure is not None:
@@ -64,25 +98,6 @@ def save_analysis(
         temporary.write_text(_as_csv(rows), encoding="utf-8")
     write_json(files[".json"], _document(name, rows, settings, summary))
     return [*written, files[".csv"], files[".json"]]
-
-
-def read_analysis(out: Path, name: str) -> dict[str, Any] | None:
-    """Read the JSON that `save_analysis` wrote, with "settings" and "rows"; None where there is none yet.
-
-    Raises:
-        UserError: the file is broken, or of another analysis.
-    """
-    path = out / f"{name}.json"
-    if not path.exists():
-        return None
-    found = read_json(path)
-    if (
-        not isinstance(found, dict)
-        or found.get("analysis") != name
-        or not isinstance(found.get("rows"), list)
-    ):
-        raise UserError(f"{path} does not hold the analysis {name!r}", "choose another --out")
-    return found
 
 
 def print_analysis(

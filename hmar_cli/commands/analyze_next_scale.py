@@ -213,37 +213,12 @@ def finish(
     rows: "Sequence[Row]",
     settings: Mapping[str, Any],
     figure: "Figure | None",
-    *,
-    tiles: Mapping[str, Sequence[Any]] | None = None,
-    drawn: Sequence[Path] = (),
-    summary: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
-    shown: "Sequence[Row]" = (),
+    **more: Any,
 ) -> None:
-    """Write an analysis and print it.
+    """Write an analysis and print it; `more` is given to `publish_analysis`."""
+    from hmar_cli.analysis.results import publish_analysis
 
-    Args:
-        name: of the analysis.
-        flags: where to, and how.
-        rows: the numbers.
-        settings: what they depend on.
-        figure: of the rows; None where a file of `drawn` is it.
-        tiles: images of each row of the grid, by label.
-        drawn: files that are written already.
-        summary: what the rows come to.
-        notes: the same for people.
-        shown: fewer rows for the table.
-    """
-    from hmar_cli.analysis.results import print_analysis, save_analysis
-    from hmar_cli.report import labelled_grid
-
-    out = flags.out or Path("analysis") / name
-    grid = labelled_grid(tiles) if tiles else None
-    files = save_analysis(out, name, rows, settings, figure, grid=grid, summary=summary)
-    written = [*drawn, *files]
-    print_analysis(
-        name, rows, settings, written, as_json=flags.as_json, summary=summary, notes=notes, shown=shown
-    )
+    publish_analysis(flags.out, name, rows, settings, figure, as_json=flags.as_json, **more)
 
 
 # Sequences and scales

@@ -83,10 +83,9 @@ def tokenizers(
         (size, name): side_of(size, opened[name]) for _, size, name in cases
     }  # a mistake shows before work
     delegate(launch, device)
-    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.analysis.results import publish_analysis
     from hmar_cli.data.sources import open_source
     from hmar_cli.evaluation.extractors import open_extractor
-    from hmar_cli.report import labelled_grid
 
     place = join_processes(device)
     judge = open_extractor(extractor, place.device, extractor_weights) if extractor else None
@@ -109,10 +108,16 @@ def tokenizers(
     if place.rank:
         return
     settings = {"shown": shown, "reports": reports}
-    grid = labelled_grid(squares(pictures))
-    target = out or Path("analysis/tokenizers")
-    files = save_analysis(target, "tokenizers", rows, settings, draw(rows), grid=grid)
-    print_analysis("tokenizers", rows, settings, files, as_json=as_json, notes=notes)
+    publish_analysis(
+        out,
+        "tokenizers",
+        rows,
+        settings,
+        draw(rows),
+        as_json=as_json,
+        tiles=squares(pictures),
+        notes=notes,
+    )
 
 
 def side_of(size: str, checkpoint: "Checkpoint") -> "Side | None":

@@ -141,10 +141,10 @@ def carry_out(study: Study, chosen: Sequence[Entry], flags: Flags) -> None:
 
 def publish(study: Study, judge: "Judge", outcomes: "Sequence[Outcome]", out: Path, flags: Flags) -> None:
     """Write the files and print the table; where models were trained several times, also means and spreads."""
-    from hmar_cli.analysis.results import print_analysis, save_analysis
+    from hmar_cli.analysis.results import publish_analysis
     from hmar_cli.analysis.studies import TRAINING_SEED, spreads
+    from hmar_cli.console import warn
     from hmar_cli.evaluation.reports import versions
-    from hmar_cli.report import labelled_grid
 
     columns = judge.columns(flags.count)
     rows = [study.row(each) if study.row else each.row for each in outcomes]
@@ -157,16 +157,19 @@ def publish(study: Study, judge: "Judge", outcomes: "Sequence[Outcome]", out: Pa
         "trials": [{key: value for key, value in each.about.items() if key != "judge"} for each in outcomes],
         "versions": versions(),
     }
-    grid = labelled_grid({each.trial.title: list(each.shown) for each in outcomes})
-    figure = study.draw(outcomes, columns)
-    files = save_analysis(out, study.name, rows, settings, figure, grid=grid, summary=summary)
     real = judge.reference
-    bad = (
-        [f"left out {real.unreadable} images of {real.source}; {real.error}"]
-        if real and real.unreadable
-        else []
+    if real and real.unreadable:
+        warn(f"left out {real.unreadable} images of {real.source}; {real.error}")
+    publish_analysis(
+        out,
+        study.name,
+        rows,
+        settings,
+        study.draw(outcomes, columns),
+        as_json=flags.as_json,
+        tiles={each.trial.title: list(each.shown) for each in outcomes},
+        summary=summary,
     )
-    print_analysis(study.name, rows, settings, files, as_json=flags.as_json, summary=summary, notes=bad)
 
 
 def rows_to_train(recipes: "Mapping[str, Recipe]", seeds: str, runs: Path) -> "dict[Entry, Recipe]":

@@ -20,9 +20,6 @@ from hmar_cli.files import atomic_folder
 SUFFIX = "_val.txt"
 """Of the names of the files that hold the prompts to be measured."""
 
-PER_PROMPT = 10
-"""Images of a prompt, as the paper measures; the script that scores `complex` expects as many."""
-
 LONGEST = 255 - len("_000000.png")
 """Bytes of a prompt that still fits into the name of a file."""
 
