@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -201,6 +202,34 @@ def dress_axes(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
+
+
+def bar_figure(
+    names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]], colours: Sequence[str] = ()
+) -> "Figure":
+    """A bar for each name, as long as the mean of its values and with a dot for each where there are several.
+
+    Args:
+        names: of the bars, from top to bottom.
+        panels: by what they are called, their values for each name; an empty list leaves its bar out.
+        colours: one a name; by default all bars have the same.
+    """
+    figure = new_figure(2.2 + 3.4 * len(panels), 1.0 + 0.42 * len(names))
+    for x, (title, several) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), x + 1)
+        dress_axes(axes, "", title, "")
+        drawn = [(place, values) for place, values in enumerate(several) if values]
+        fill = [colours[place] if colours else "#9db8d9" for place, _ in drawn]
+        axes.barh([place for place, _ in drawn], [mean(v) for _, v in drawn], height=0.6, color=fill)
+        for place, values in drawn:
+            if len(values) > 1:
+                axes.plot(values, [place] * len(values), "o", color="#1f4e79", markersize=3)
+            text, end = f"{mean(values):.4g}", (max(values), place)
+            axes.annotate(text, end, (5, 0), textcoords="offset points", va="center", fontsize=7)
+        axes.set_yticks(range(len(names)), names if x == 0 else [""] * len(names))
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.margins(x=0.18)
+    return figure
 
 
 def save_figure(figure: "Figure", target: Path) -> None:

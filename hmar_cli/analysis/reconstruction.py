@@ -3,7 +3,6 @@
 Letters: B images, N of all of them, K scales, n_k tokens of scale k, L tokens of all scales, H W the image.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ from hmar_cli.evaluation.extractors import Extractor
 from hmar_cli.evaluation.measures import measure, metric_name
 from hmar_cli.evaluation.observing import Observations, observe
 from hmar_cli.models.scales import Scales
-from hmar_cli.report import dress_axes, new_figure, to_uint8
+from hmar_cli.report import bar_figure, dress_axes, new_figure, to_uint8
 from hmar_cli.sampling.images import autocast
 from hmar_cli.sampling.next_scale import KeptTokens, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
@@ -279,26 +278,32 @@ def judge_all(bench: Bench, versions: Sequence[Version]) -> tuple[list[Row], dic
     return rows, shown
 
 
-def distance_name(rows: Sequence[Row]) -> str | None:
-    """Under which name rows have a Fréchet distance; None where they have none."""
-    return next((key for key in rows[0] if key.startswith("FID")), None)
+def _panels(rows: Sequence[Row], chosen: str) -> dict[str, list[float | None]]:
+    """What figures show: PSNR, accuracy of the `chosen` tokens and, where there is one, the Fréchet distance."""
+    columns = {"PSNR, dB": ("psnr", 1.0), f"{chosen} tokens that are the true ones, %": ("accuracy", 100.0)}
+    if name := next((key for key in rows[0] if key.startswith("FID")), None):
+        columns[f"{name} from the true images"] = (name, 1.0)
+    return {
+        label: [None if row.get(key) is None else factor * float(row[key] or 0) for row in rows]
+        for label, (key, factor) in columns.items()
+    }
 
 
 def known_scales_figure(rows: Sequence[Row], scales: Scales) -> "Figure":
     """Draw how close images come to the true ones as more scales are known, a line for each model (Fig. 17)."""
-    panels = [("psnr", 1.0, "PSNR, dB"), ("accuracy", 100.0, "drawn tokens that are the true ones, %")]
-    if name := distance_name(rows):
-        panels.append((name, 1.0, f"{name} from the true images"))
+    panels = _panels(rows, "drawn")
     figure = new_figure(4.4 * len(panels), 3.8)
-    ticks = range(len(scales) + 1)
-    for place, (key, factor, label) in enumerate(panels, start=1):
+    for place, (label, values) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, len(panels), place)
         for model in dict.fromkeys(row["model"] for row in rows):
-            own = [row for row in rows if row["model"] == model and row.get(key) is not None]
-            values = [factor * float(row[key] or 0) for row in own]
-            axes.plot([int(row["known_scales"] or 0) for row in own], values, marker="o", label=model)
+            points = [
+                (int(row["known_scales"] or 0), value)
+                for row, value in zip(rows, values, strict=True)
+                if row["model"] == model and value is not None
+            ]
+            axes.plot(*zip(*points, strict=True), marker="o", label=model)
         dress_axes(axes, "", "known scales", label)
-        axes.set_xticks(ticks)
+        axes.set_xticks(range(len(scales) + 1))
         axes.legend(fontsize=8, frameon=False)
     figure.suptitle("images that start from the true tokens of the first scales (Fig. 17)", fontsize=9)
     return figure
@@ -306,27 +311,14 @@ def known_scales_figure(rows: Sequence[Row], scales: Scales) -> "Figure":
 
 def half_masked_figure(rows: Sequence[Row]) -> "Figure":
     """Draw how close reconstructions come to the true images, a bar for each version (Fig. 18)."""
-    panels = [("psnr", 1.0, "PSNR, dB"), ("accuracy", 100.0, "chosen tokens that are the true ones, %")]
-    if name := distance_name(rows):
-        panels.append((name, 1.0, f"{name} from the true images"))
-    figure = new_figure(3.2 + 3.6 * len(panels), 1.4 + 0.42 * len(rows))
-    labels = [
+    names = [
         str(row["model"]) if row["model"] == "tokenizer" else f"{row['model']}, {row['task']}" for row in rows
     ]
     colours = {"reconstruction": "#9aa0a6", "next-scale": "#5c7fbf", "masked": "#2a9d5c", "chance": "#c9b18a"}
-    first = None
-    for place, (key, factor, label) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), place, sharey=first)
-        values = [math.nan if row.get(key) is None else factor * float(row[key] or 0) for row in rows]
-        bars = axes.barh(range(len(rows)), values, color=[colours[str(row["task"])] for row in rows])
-        axes.bar_label(bars, ["" if math.isnan(v) else f"{v:.3g}" for v in values], fontsize=7, padding=2)
-        dress_axes(axes, "", label, "")
-        axes.margins(x=0.15)
-        if first is None:
-            first = axes
-            axes.set_yticks(range(len(rows)), labels)
-            axes.invert_yaxis()
-        else:
-            axes.tick_params(labelleft=False)
+    panels = {
+        label: [[] if value is None else [value] for value in values]
+        for label, values in _panels(rows, "chosen").items()
+    }
+    figure = bar_figure(names, panels, [colours[str(row["task"])] for row in rows])
     figure.suptitle("reconstruction from true coarser scales (Fig. 18)", fontsize=9)
     return figure

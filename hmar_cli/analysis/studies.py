@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hmar_cli.analysis.results import Cell, Row
 from hmar_cli.analysis.sweep import SECONDS, Outcome, full_batch
 from hmar_cli.models.scales import Scales, Schedule, split_passes
-from hmar_cli.report import dress_axes, new_figure
+from hmar_cli.report import bar_figure, dress_axes, new_figure
 from hmar_cli.settings import MaskedAr, MaskedArSample, NextScale, Recipe, grid_name
 from hmar_cli.sizes import model_parameters
 
@@ -250,31 +250,7 @@ def draw_ablation(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "F
         f"{column} ({better})": [[float(each.cells[column] or 0) for each in own] for own in models.values()]
         for column, better in columns.items()
     }
-    return draw_bars(list(models), panels)
-
-
-def draw_bars(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]]) -> "Figure":
-    """A bar for each name, as long as the mean of its values and with a dot for each where there are several.
-
-    Args:
-        names: of the bars, from top to bottom.
-        panels: by what they are called, their values for each name; an empty list leaves its bar out.
-    """
-    figure = new_figure(2.2 + 3.4 * len(panels), 1.0 + 0.42 * len(names))
-    for x, (title, several) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, len(panels), x + 1)
-        dress_axes(axes, "", title, "")
-        drawn = [(place, values) for place, values in enumerate(several) if values]
-        axes.barh([place for place, _ in drawn], [mean(v) for _, v in drawn], height=0.6, color="#9db8d9")
-        for place, values in drawn:
-            if len(values) > 1:
-                axes.plot(values, [place] * len(values), "o", color="#1f4e79", markersize=3)
-            text, end = f"{mean(values):.4g}", (max(values), place)
-            axes.annotate(text, end, (5, 0), textcoords="offset points", va="center", fontsize=7)
-        axes.set_yticks(range(len(names)), names if x == 0 else [""] * len(names))
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.margins(x=0.18)
-    return figure
+    return bar_figure(list(models), panels)
 
 
 def ablation_row(outcome: Outcome) -> Row:

@@ -148,7 +148,7 @@ def row_of(name: str, images: str, report: "Report") -> "dict[str, Cell]":
 
 def draw(rows: "Sequence[Row]") -> "Figure":
     """A bar a row, in panels of PSNR, SSIM and rFID."""
-    from hmar_cli.analysis.studies import draw_bars
+    from hmar_cli.report import bar_figure
 
     several = len({row["images"] for row in rows}) > 1
     names = [f"{row['tokenizer']}, {row['pixels']}" + f"\n{row['images']}" * several for row in rows]
@@ -158,7 +158,7 @@ def draw(rows: "Sequence[Row]") -> "Figure":
     if distances:
         title = distances[0] if len(distances) == 1 else distances[0].rpartition("-")[0]
         panels[f"{title} (lower is better)"] = distances
-    return draw_bars(
+    return bar_figure(
         names,
         {
             title: [[float(row[key] or 0) for key in several_keys if key in row] for row in rows]

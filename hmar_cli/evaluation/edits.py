@@ -23,7 +23,7 @@ from hmar_cli.data.images import ImageSource
 from hmar_cli.data.transforms import Pixels, image_transform
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor
-from hmar_cli.evaluation.frechet import FeatureStatistics, frechet_distance
+from hmar_cli.evaluation.frechet import FeatureStatistics
 from hmar_cli.models.scales import Side
 
 MASKS = ("centre", "half", "free-form")
@@ -322,6 +322,5 @@ def _measure(
         row.right += right
         row.shown += list(filled[: max(0, shown - batch.start)])
         advance(len(batch))
-    ours, real = statistics, judge.statistics
-    row.frechet = frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
+    row.frechet = statistics.distance(judge.statistics)
     return row

@@ -92,6 +92,14 @@ class FeatureStatistics:
         found.count, found.mean, found._scatter = self.count, self.mean.cpu(), self._scatter.cpu()
         return found
 
+    def distance(self, other: "FeatureStatistics") -> float:
+        """The `frechet_distance` of two sets of images.
+
+        Raises:
+            ValueError: fewer than two images in one of them, or features of another width.
+        """
+        return frechet_distance(self.mean, self.covariance, other.mean, other.covariance)
+
     @property
     def covariance(self) -> Tensor:
         """[F, F], float64, with count - 1 below the fraction.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor
-from hmar_cli.evaluation.frechet import FeatureStatistics, frechet_distance
+from hmar_cli.evaluation.frechet import FeatureStatistics
 from hmar_cli.evaluation.observing import METRICS, Observations
 
 NAMES = {
@@ -194,7 +194,7 @@ def _distance(metric: str, subject: Observations, reference: Observations) -> fl
             )
         pair.append(statistics)
     ours, real = pair
-    return frechet_distance(ours.mean, ours.covariance, real.mean, real.covariance)
+    return ours.distance(real)
 
 
 def inception_score(logits: Tensor, protocol: Protocol) -> dict[str, float]:

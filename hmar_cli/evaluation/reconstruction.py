@@ -21,7 +21,7 @@ from hmar_cli.data.sharing import gather
 from hmar_cli.data.transforms import Pixels, image_transform
 from hmar_cli.evaluation.codes import count_codes, perplexity, usage
 from hmar_cli.evaluation.extractors import Extractor
-from hmar_cli.evaluation.frechet import FeatureStatistics, frechet_distance
+from hmar_cli.evaluation.frechet import FeatureStatistics
 from hmar_cli.evaluation.observing import image_digest
 from hmar_cli.models.scales import Side
 from hmar_cli.tokenizers.kl import KlAutoencoder, posterior
@@ -232,9 +232,7 @@ class Reconstructions:
         if self.extractor is None:
             return None
         images, reconstructions = self._statistics
-        return frechet_distance(
-            reconstructions.mean, reconstructions.covariance, images.mean, images.covariance
-        )
+        return reconstructions.distance(images)
 
     def summary(self) -> dict[str, Any]:
         """Means over the images, and what is known of codes or latents.
