@@ -94,7 +94,7 @@ def samples(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Measure images; the help text is `EXAMPLES`."""
-    from hmar_cli.commands.subjects import is_checkpoint, order_images
+    from hmar_cli.commands.subjects import condensed, is_checkpoint, order_images
     from hmar_cli.launch import check_device, delegate
 
     check_device(device)
@@ -102,7 +102,7 @@ def samples(
     if make_stats:
         require_writable(make_stats)
     wanted = {"extractor": extractor, "metrics": metrics, "count": count, "size": size, "crop": crop}
-    plan = choose(wanted, preset, reference, extractor_weights, make_stats, batch_size)
+    plan = choose(wanted, preset, reference, extractor_weights, make_stats, batch_size, not dry_run)
     order = None
     if is_checkpoint(Path(subject)):
         order = order_images(
@@ -118,7 +118,7 @@ def samples(
         }
         refuse_drawing(subject, asked)
     if dry_run:
-        drawn = order.job().describe() if order else None
+        drawn = condensed(order.job().describe()) if order else None
         print(json.dumps({"subject": subject, "draw": drawn, "measure": plan.describe()}, indent=2))
         return
     delegate(launch, device)
@@ -138,6 +138,7 @@ def choose(
     weights: Path | None,
     make_stats: Path | None,
     batch_size: int,
+    fetch: bool = True,
 ) -> "Plan":
     """What the flags come to.
 
@@ -148,6 +149,7 @@ def choose(
         weights: a file of the extractor's.
         make_stats: where the statistics of the images go.
         batch_size: images at once.
+        fetch: download the reference of a preset, if need be.
 
     Raises:
         UserError: an unknown preset or metric, a flag that contradicts the preset, or nothing to measure.
@@ -164,7 +166,7 @@ def choose(
         return Plan(
             metrics=fixed.metrics,
             extractor=fixed.extractor,
-            reference=preset_reference(preset, fixed, reference),
+            reference=preset_reference(preset, fixed, reference, fetch),
             count=fixed.count,
             size=fixed.size,
             crop=fixed.crop,

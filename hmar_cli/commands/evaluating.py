@@ -227,7 +227,8 @@ def print_report(report: Report) -> None:
     if real and "accuracy" in real:
         images = f"{real['right']} of {real['count']} images of the reference"
         table.append(("  of the reference", f"{real['accuracy']:.1%}", images))
-    print_table({"metric": "left", "value": "right", "": "left"}, table)
+    if table:  # not where statistics are made of images, and nothing is measured
+        print_table({"metric": "left", "value": "right", "": "left"}, table)
     rows, columns = found["size"]
     lines = [f"{found['count']} images of {found['source']}, {columns} x {rows}"]
     if real:

@@ -144,7 +144,7 @@ def condensed(record: Mapping[str, Any]) -> dict[str, Any]:
     """What `hmar sample` recorded, less what images do not depend on; long lists by their length and hash."""
 
     def short(value: Any) -> Any:
-        if not isinstance(value, list) or len(value) <= LONG:
+        if not isinstance(value, list | tuple) or len(value) <= LONG:
             return value
         digest = hashlib.sha256(json.dumps(value).encode()).hexdigest()
         return {"count": len(value), "sha256": digest, "first": value[:3]}

@@ -78,13 +78,14 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def preset_reference(name: str, preset: Preset, given: str) -> str:
+def preset_reference(name: str, preset: Preset, given: str, fetch: bool = True) -> str:
     """The reference of a preset: the one that was given, if it can be it, else the published file.
 
     Args:
         name: the preset's name, for messages.
         preset: which.
         given: a source or file; "" for the published one, from `published_file`.
+        fetch: download that if need be; else its address stands for it.
 
     Raises:
         UserError: another file than the preset's, or none for a preset without a published one.
@@ -96,6 +97,8 @@ def preset_reference(name: str, preset: Preset, given: str) -> str:
                 'give --reference "coco:captions_val2014.json?images=val2014"',
             )
         return given
+    if not given and not fetch:
+        return preset.address
     hint = f"leave --reference out, or give the file of {preset.address}"
     path = Path(given).expanduser() if given else published_file(preset.address)
     if not is_statistics(path):

@@ -312,6 +312,12 @@ def test_statistics_stand_for_the_images_they_were_made_of(run: Path, samples: P
     refused(measure(run, samples, "--reference", path, "--metrics", "sfid"), "mu_s and sigma_s")
 
 
+def test_statistics_alone_are_no_table_without_a_number(module: str, tmp_path: Path) -> None:
+    flags = ("--size", 8, "--extractor", module, "--make-stats", tmp_path / "s.npz", "--device", "cpu")
+    made = hmar("eval", "samples", REFERENCE, *flags)
+    assert made.exit_code == 0 and made.stdout.startswith(f"20 images of {REFERENCE}"), made.output
+
+
 def test_arrays_of_adm_are_images_too(run: Path, samples: Path, tmp_path: Path) -> None:
     pixels = np.stack([np.asarray(Image.open(samples / f"{i:06d}.png")) for i in range(12)])
     np.savez(tmp_path / "samples.npz", arr_0=pixels)
@@ -481,7 +487,7 @@ def test_a_text_model_draws_captions_of_the_reference(
     )
     recipe = load_recipe("himar-scenes-tiny", (*small, "tokenizer.latent_scale=0.5"))
     save_random(tmp_path / "text", recipe, ())
-    source = "builtin:scenes?count=30"
+    source = "builtin:scenes?count=40"
     flags = ("--extractor", run, "--reference", source, "--count", 20, "--dry-run", "--device", "cpu")
 
     def prompts(*more: object) -> Any:
@@ -490,13 +496,15 @@ def test_a_text_model_draws_captions_of_the_reference(
         return json.loads(result.stdout)["draw"]["prompts"]
 
     drawn = prompts()
-    captions = [example.caption for example in open_source(source).read(0, 30)]
+    captions = [example.caption for example in open_source(source).read(0, 40)]
     assert len(drawn) == 20 and set(drawn) <= set(captions)
     assert all(drawn.count(each) <= captions.count(each) for each in drawn)  # no image twice
     assert prompts() == drawn != prompts("--seed", 1)
     assert prompts("--prompt", "a red circle") == ["a red circle"]
-    too_many = hmar("eval", "samples", tmp_path / "text", *flags, "--count", 31)
-    refused(too_many, "has 30 images with captions, and 31 prompts were asked for", "--prompt-file")
+    many = prompts("--count", 33)
+    assert many["count"] == 33 and set(many["first"]) <= set(captions)  # 30,000 would fill the screen
+    too_many = hmar("eval", "samples", tmp_path / "text", *flags, "--count", 41)
+    refused(too_many, "has 40 images with captions, and 41 prompts were asked for", "--prompt-file")
     without = hmar("eval", "samples", tmp_path / "text", *flags, "--reference", samples)
     refused(without, "draws what a text says", "--prompt-file")
 
@@ -521,6 +529,8 @@ def test_a_preset_fixes_everything(
     )
     monkeypatch.setitem(PRESETS, "toy", toy)
     flags = ("--preset", "toy", "--device", "cpu", "--json")
+    planned = json.loads(hmar("eval", "samples", samples, *flags, "--dry-run").stdout)
+    assert planned["measure"]["reference"] == published.as_uri() and not (cache / "references").exists()
     first = hmar("eval", "samples", samples, *flags)
     assert first.exit_code == 0 and f"downloading {published.as_uri()}" in first.stderr, first.output
     found = json.loads(first.stdout)
