@@ -174,46 +174,36 @@ def attention_rows(name: str, patterns: Patterns) -> list[Row]:
     looks there, in sides of the image; "even_share" and "even_distance" are those of attention that is the same to
     all keys that are seen. Blocks and heads count from 0, scales from 1.
     """
-    mass, reach = patterns.mass / patterns.images, patterns.reach / patterns.images
-    even_mass, even_reach = patterns.even()
-    blocks, heads, count, _ = mass.shape
+    (blocks, heads, *_), even = patterns.mass.shape, patterns.even()
     return [
-        {
-            "model": name,
-            "block": block,
-            "head": head,
-            "query_scale": k + 1,
-            "key_scale": j + 1,
-            "share": mass[block, head, k, j].item(),
-            "even_share": even_mass[k, j].item(),
-            "distance": (reach[block, head, k, j] / mass[block, head, k, j].clamp(min=1e-12)).item(),
-            "even_distance": (even_reach[k, j] / even_mass[k, j]).item(),
-        }
+        {"model": name, "block": block, "head": head, **cells}
         for block in range(blocks)
         for head in range(heads)
-        for k in range(count)
-        for j in patterns.seen(k)
+        for cells in _pair_cells(patterns, even, patterns.mass[block, head], patterns.reach[block, head])
     ]
 
 
 def scale_pairs(name: str, patterns: Patterns) -> list[Row]:
     """The same, averaged over blocks and heads: a row for every query scale and key scale that is seen."""
-    mass = patterns.mass.mean(dim=(0, 1)) / patterns.images  # [K, K]
-    reach = patterns.reach.mean(dim=(0, 1)) / patterns.images
-    even_mass, even_reach = patterns.even()
-    return [
-        {
-            "model": name,
-            "query_scale": k + 1,
-            "key_scale": j + 1,
-            "share": mass[k, j].item(),
-            "even_share": even_mass[k, j].item(),
-            "distance": (reach[k, j] / mass[k, j].clamp(min=1e-12)).item(),
-            "even_distance": (even_reach[k, j] / even_mass[k, j]).item(),
-        }
-        for k in range(len(mass))
-        for j in patterns.seen(k)
-    ]
+    means = patterns.mass.mean(dim=(0, 1)), patterns.reach.mean(dim=(0, 1))  # 2 x [K, K]
+    return [{"model": name, **cells} for cells in _pair_cells(patterns, patterns.even(), *means)]
+
+
+def _pair_cells(
+    patterns: Patterns, even: tuple[Tensor, Tensor], mass: Tensor, reach: Tensor
+) -> Iterator[Row]:
+    """Cells of every query scale and key scale that is seen, from sums [K, K] over images, beside even attention."""
+    even_mass, even_reach = even
+    for k in range(len(mass)):
+        for j in patterns.seen(k):
+            yield {
+                "query_scale": k + 1,
+                "key_scale": j + 1,
+                "share": (mass[k, j] / patterns.images).item(),
+                "even_share": even_mass[k, j].item(),
+                "distance": (reach[k, j] / mass[k, j].clamp(min=1e-12)).item(),
+                "even_distance": (even_reach[k, j] / even_mass[k, j]).item(),
+            }
 
 
 def relative_reach(patterns: Patterns) -> Tensor:
