@@ -210,6 +210,11 @@ def warnings(found: Observations, metrics: Sequence[str]) -> list[str]:
     lines, width = [], found.statistics.mean.numel()
     if found.unreadable:
         lines.append(f"left out {found.unreadable} images of {found.source}; {found.error}")
+    if found.enlarged and found.size:
+        to = f"{found.size[1]} x {found.size[0]}"
+        lines.append(
+            f"{found.enlarged} images of {found.source} are smaller than {to} and were enlarged: blurred"
+        )
     if "fid" in metrics and 0 < found.count <= width:  # 0 where a file does not say
         lines.append(
             f"FID by {found.count} images of {found.source} says little: their covariance has {width} rows"

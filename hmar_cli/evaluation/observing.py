@@ -56,6 +56,7 @@ class Observations:
         labelled: whether each class of the set is one of the extractor's.
         right: images that the extractor assigns to their own class, if so.
         unreadable: images that could not be read, which count nowhere else.
+        enlarged: images that were smaller than what the extractor was given: blurred ones, which move every number.
         error: why the first of them could not.
         shown: the first images [H, W, 3], at most `showing`.
         showing: how many of them were asked for.
@@ -78,6 +79,7 @@ class Observations:
     labelled: bool = False
     right: int = 0
     unreadable: int = 0
+    enlarged: int = 0
     error: str = ""
     shown: list[Pixels] = field(default_factory=list)
     showing: int = 0
@@ -204,6 +206,7 @@ class _Prepared:
         pixels: [H, W, 3]; None if it cannot be used.
         digest: SHA-256 of its pixels.
         error: why it cannot be used.
+        enlarged: whether it was smaller than its pixels.
     """
 
     index: int
@@ -211,6 +214,7 @@ class _Prepared:
     pixels: Pixels | None = None
     digest: bytes = b""
     error: str = ""
+    enlarged: bool = False
 
 
 def _batches_of_tensors(
@@ -281,13 +285,15 @@ class _Observer:
     def prepare(self, index: int, label: int, image: Image.Image) -> _Prepared:
         """Cut an image to size and take its digest; called in any thread."""
         pixels = np.asarray(image) if self.cut is None else self.cut(image, self.rng)
-        return _Prepared(index, label, pixels, image_digest(pixels))
+        smaller = image.height < pixels.shape[0] or image.width < pixels.shape[1]
+        return _Prepared(index, label, pixels, image_digest(pixels), enlarged=smaller)
 
     def add(self, batch: Sequence[_Prepared]) -> None:
         """Look at a batch."""
         found = self.found
         bad = [each for each in batch if each.pixels is None]
         found.unreadable += len(bad)
+        found.enlarged += sum(each.enlarged for each in batch)
         found.error = found.error or (bad[0].error if bad else "")
         good = [(each, each.pixels) for each in batch if each.pixels is not None]
         if not good:
@@ -391,9 +397,8 @@ def join(parts: Sequence[Observations]) -> Observations:
     digests = [digest for part in parts for digest in part.digests]
     whole.digests = [digests[i] for i in order.tolist()]
     whole.digest = set_digest(digests)
-    whole.right, whole.unreadable = (
-        sum(getattr(part, name) for part in parts) for name in ("right", "unreadable")
-    )
+    for name in ("right", "unreadable", "enlarged"):
+        setattr(whole, name, sum(getattr(part, name) for part in parts))
     whole.error = min((part.error for part in parts if part.error), key=_image_number, default="")
     shown = [(int(i), each) for part in parts for i, each in zip(part.indices, part.shown, strict=False)]
     whole.shown = [each for _, each in sorted(shown, key=lambda pair: pair[0])][: whole.showing]

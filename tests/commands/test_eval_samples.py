@@ -282,6 +282,16 @@ def test_images_that_cannot_be_read_are_told_and_left_out(run: Path, samples: Pa
     assert "warning: left out 1 images" in result.stderr and "image 3: " in result.stderr
 
 
+def test_images_that_are_enlarged_are_warned_of(samples: Path, module: str, tmp_path: Path) -> None:
+    (photos := tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 6)).save(photos / "low.png")
+    Image.new("RGB", (8, 8)).save(photos / "large.png")
+    result = hmar("eval", "samples", samples, "--reference", photos, "--extractor", module, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert f"warning: 1 images of {photos} are smaller than 8 x 8 and were enlarged" in result.stderr
+    assert result.stderr.count("were enlarged") == 1  # the samples were not
+
+
 def test_few_images_for_the_features_are_warned_of(run: Path, samples: Path) -> None:
     few = measure(run, samples).stderr  # 16 features; 12 images, and 20 of the reference
     assert f"warning: FID by 12 images of {samples} says little: their covariance has 16 rows" in few

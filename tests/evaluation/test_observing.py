@@ -183,6 +183,8 @@ def test_shares_of_processes_are_joined_to_what_one_finds() -> None:
         same(joined, whole)
         assert (joined.right, joined.unreadable, joined.error) == (whole.right, 1, "image 21: broken")
         assert joined.describe() == whole.describe()
+    larger = [observe(source, extractor, size=16, batch_size=4, share=(i, 2)) for i in range(2)]
+    assert (whole.enlarged, join(larger).enlarged) == (0, 26)
     assert gather(whole) is whole  # one process
 
 
