@@ -109,7 +109,9 @@ def settings_from_dict(table: Mapping[str, Any], cls: type[Any], section: str) -
     settings = _section(table, cls, section, problems)
     if problems:
         raise UserError(
-            f"[{section}] cannot be set so", "`hmar recipes show NAME` prints every setting of a recipe", problems
+            f"[{section}] cannot be set so",
+            "`hmar recipes show NAME` prints every setting of a recipe",
+            problems,
         )
     return settings
 
