@@ -24,6 +24,8 @@ HEAD_SIZES = (32, 64, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGN = 4
 """Bulk copies of float32 numbers begin at multiples of this, 16 bytes; elsewhere they fail."""
+POINTERS_ALONE = ("queries",) if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5) else ()
+"""Kernels that this Triton cannot compile with descriptors: 3.4 fails at `queries_kernel` for sm_90."""
 NORM_TOKENS, NORM_HEADS = 16, 8
 """Of how many heads of how many tokens one program computes the norms."""
 
@@ -207,10 +209,10 @@ def _launch(
     (batch, queries, heads, size), keys = layouts[0].shape, layouts[1].shape[1]
     s = setting or getattr(settings_for(lengths, causal, size, dtype, normalized), kind)
     small = batch * heads * max(_pitch(queries), _pitch(keys)) < 2**31
-    if s.bulk and not (small and all(x.readable(dtype) for x in layouts)):
+    if s.bulk and not (kind not in POINTERS_ALONE and small and all(x.readable(dtype) for x in layouts)):
         by_pointers = SMALL if size <= 64 else SHALLOW
         rows, block = min(s.rows, by_pointers.rows), min(s.block, by_pointers.block)
-        s = replace(s, bulk=False, rows=rows, block=block, warps=4, stages=2)
+        s = replace(s, bulk=False, rows=rows, block=block, warps=4, stages=2, registers=0)
     by_keys = kind == "keys"
     cut = (lengths, queries, causal, by_keys, s.rows, s.block, ALIGN if s.bulk else 1)
     tiles, bounds, count = _schedule(cut, device)

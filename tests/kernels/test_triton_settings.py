@@ -69,6 +69,21 @@ def test_ways(way: str, pattern: str) -> None:
     judge(WAYS[way], qkv[:1], grad[:1], None, SIDES, pattern)
 
 
+def test_a_kernel_that_cannot_be_compiled_with_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads by pointers, the others as before."""
+    monkeypatch.setattr(triton_attention, "POINTERS_ALONE", ("queries",))
+    triton_attention._launch.cache_clear()
+    qkv, grad, scale = inputs(SIDES, heads=1)
+    judge(WAYS["descriptors"], qkv, grad, scale, SIDES, "diagonal")
+    q, k, v = qkv.unbind(2)
+    call = triton_attention._Call((q, k, v, grad), lengths_of(SIDES), False, 0.3, scale)
+    launches = {kind: call.launch(kind, WAYS["descriptors"]) for kind in ("queries", "keys")}
+    assert not launches["queries"].descriptors and launches["keys"].descriptors
+    limited = call.launch("queries", dataclasses.replace(WAYS["descriptors"], registers=64))
+    assert limited.constants["maxnreg"] is None, "the limit is that of the kernel with descriptors"
+    triton_attention._launch.cache_clear()
+
+
 @pytest.mark.parametrize("way", ["pointers", "norms inside"])
 def test_the_largest_head_scales(way: str) -> None:
     sides = (1, 3, 4)
