@@ -21,7 +21,7 @@ from hmar_cli.commands import (
     train,
 )
 from hmar_cli.errors import UserError, from_os_error
-from hmar_cli.launch import keep_stdout_for_data, wait_for_launcher
+from hmar_cli.launch import keep_stdout_for_data, let_first_process_speak, wait_for_launcher
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """What Typer raises about flags and arguments; it gives a public name to some of its subclasses only."""
@@ -70,6 +70,7 @@ def from_usage_error(error: Any) -> UserError:
 
 def fail(error: UserError, code: int) -> NoReturn:
     """Print the error and leave with `code`."""
+    let_first_process_speak()
     lines = [f"error: {' '.join(str(error).split())}", *(f"  {detail}" for detail in error.details)]
     if error.hint:
         lines.append(f"hint: {error.hint}")

@@ -40,6 +40,15 @@ def wait_for_launcher(error: RuntimeError) -> None:
         time.sleep(60)
 
 
+def let_first_process_speak() -> None:
+    """Wait a while in all processes of a run but the first.
+
+    Most mistakes are met by all of them. The launcher ends the others as soon as the first has said what is wrong.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(3)
+
+
 def keep_stdout_for_data() -> None:
     """Send what libraries print to standard output below Python to standard error, in one of several processes.
 
