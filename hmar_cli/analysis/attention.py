@@ -52,8 +52,8 @@ class Patterns:
     def __init__(self, scales: Scales, causal: bool, blocks: int, heads: int, device: torch.device) -> None:
         self.scales, self.causal, self.images = scales, causal, 0
         shape = (blocks, heads, len(scales), len(scales))
-        self.mass = torch.zeros(shape, dtype=torch.float64)
-        self.reach = torch.zeros(shape, dtype=torch.float64)
+        self.mass = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.reach = torch.zeros(shape, dtype=torch.float64, device=device)
         self.matrix = torch.zeros(scales.total, scales.total, device=device)
         places = positions(scales).to(device)
         self.far = torch.cdist(places, places)  # [L, L]
@@ -85,7 +85,13 @@ class Patterns:
             part = self.scales.slice(j)
             seen = weights[..., part.start - keys.start : part.stop - keys.start]  # [H, q, n_j]
             for total, value in ((self.mass, seen), (self.reach, seen * self.far[queries, part])):
-                total[block, :, k, j] += value.sum(dim=(1, 2)).double().cpu() / self.scales.lengths[k]
+                total[block, :, k, j] += value.sum(dim=(1, 2)).double() / self.scales.lengths[k]
+
+    def cpu(self) -> "Patterns":
+        """The sums on the CPU, once all are taken: until then a GPU waits for none of them."""
+        for name in ("mass", "reach", "matrix", "far"):
+            setattr(self, name, getattr(self, name).cpu())
+        return self
 
     def even(self) -> tuple[Tensor, Tensor]:
         """The mass and reach [K, K] float64 of attention that is the same to all keys that are seen."""
@@ -164,7 +170,7 @@ def measure_attention(subject: Subject, held_out: HeldOut, batch_size: int) -> P
             tokens = held_out.tokens[part].to(subject.device)
             predict(subject, tokens, labels[part].to(subject.device), None)
             patterns.images += len(tokens)
-    return patterns
+    return patterns.cpu()
 
 
 def attention_rows(name: str, patterns: Patterns) -> list[Row]:
@@ -224,9 +230,9 @@ def attention_by_distance(patterns: Patterns, k: int) -> tuple[list[float], list
         over that of even attention to the keys it sees.
     """
     own, keys = patterns.scales.slice(k), patterns.keys(k)
-    ratio = patterns.matrix[own, own].double().cpu() / patterns.images * (keys.stop - keys.start)  # [n, n]
+    ratio = patterns.matrix[own, own].double() / patterns.images * (keys.stop - keys.start)  # [n, n]
     side = max(patterns.scales.grids[k])
-    steps = (patterns.far[own, own].double().cpu() * side).round().long()  # [n, n]
+    steps = (patterns.far[own, own].double() * side).round().long()  # [n, n]
     sums = torch.zeros(int(steps.max()) + 1, dtype=torch.float64)
     means = sums.scatter_add(0, steps.flatten(), ratio.flatten()) / steps.flatten().bincount()
     there = means.isfinite()
@@ -270,7 +276,7 @@ def _matrix_panel(axes: "Axes", name: str, patterns: Patterns) -> None:
     from matplotlib.colors import LogNorm
 
     scales, ratio = patterns.scales, np.full((patterns.scales.total,) * 2, np.nan)
-    matrix = patterns.matrix.cpu().numpy() / patterns.images
+    matrix = patterns.matrix.numpy() / patterns.images
     for k in range(len(scales)):
         own, keys = scales.slice(k), patterns.keys(k)
         ratio[own, keys] = matrix[own, keys] * (keys.stop - keys.start)

@@ -264,7 +264,8 @@ def scale_figure(rows: Sequence[Row], scales: Scales) -> "Figure":
             values = [factor * float(row[key] or 0) for row in own]
             error = [2 * factor * float(row[f"{key}_error"] or 0) for row in own]
             axes.errorbar(place, values, error, **style)
-    least, curve = least_losses(rows, len(scales)), fit_log_normal(least_losses(rows, len(scales)))
+    least = least_losses(rows, len(scales))
+    curve = fit_log_normal(least)
     right.bar(ticks, least, color="#c3cfe2", label="least over the models")
     if curve is None:
         right.plot([], [], " ", label="no log-normal curve is near")

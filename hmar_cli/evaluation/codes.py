@@ -12,7 +12,7 @@ from hmar_cli.models.scales import Scales
 def count_codes(tokens: Tensor, scales: Scales, vocab_size: int) -> Tensor:
     """How often each code occurs in each scale of tokens [B, L]: [K, V] int64, on the CPU."""
     parts = [tokens[:, scales.slice(k)].flatten() for k in range(len(scales))]
-    return torch.stack([part.bincount(minlength=vocab_size).cpu() for part in parts])
+    return torch.stack([part.bincount(minlength=vocab_size) for part in parts]).cpu()
 
 
 def usage(counts: Tensor) -> Tensor:

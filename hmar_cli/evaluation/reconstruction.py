@@ -110,8 +110,8 @@ class _Latents:
 
     def __call__(self, images: Tensor) -> Tensor:
         mean, std = posterior(self.model.moments(images))  # 2 x [B, Z, h, w]
-        parts = [x.double().sum().cpu() for x in (mean, mean.square(), std.square())]
-        self.totals += torch.stack([*parts, torch.tensor(mean.numel(), dtype=torch.double)])
+        self.totals[:3] += torch.stack([x.double().sum() for x in (mean, mean.square(), std.square())]).cpu()
+        self.totals[3] += mean.numel()
         return self.model.decode(mean).clamp(-1, 1)
 
     def sums(self) -> list[Tensor]:
