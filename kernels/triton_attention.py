@@ -79,10 +79,10 @@ def settings_for(
 ) -> Settings:
     """The settings for a list of scales.
 
-    Those of heads up to 64 in half precision are the fastest of about 20 for each kernel, measured on one H100 at
-    the scales of 256, 512 and 1024 px in both patterns, with PyTorch 2.11, Triton 3.6, bf16, 24 heads of 64, batch 16
-    or 4 (docs/results/attention-h100.md). What tells them apart is how many keys a query sees: 162, 679 and 2602 on
-    average in the diagonal pattern, 421, 1460 and 6027 in the causal one.
+    Those of heads up to 64 in half precision are within 4 % of the fastest `candidates` of each kernel, measured on
+    one H100 at the scales of 256, 512 and 1024 px in both patterns, with PyTorch 2.11, Triton 3.6, bf16, 24 heads of
+    64, batch 16 or 4 (docs/results/attention-h100.md). What tells them apart is how many keys a query sees: 162, 679
+    and 2602 on average in the diagonal pattern, 421, 1460 and 6027 in the causal one.
     """
     if dtype == torch.float32:
         if head_size > 64:
@@ -285,7 +285,7 @@ class _Call:
         programs = batch * -(-length // NORM_TOKENS) * -(-heads // NORM_HEADS)
         norms_kernel[(programs,)](
             x, into, self.head_scale, x.stride()[:3], heads, length, factor, D=size,
-            WIDTH=1 << (size - 1).bit_length(), TOKENS=NORM_TOKENS, HEADS=NORM_HEADS, SCALED=scaled,
+            WIDTH=triton.next_power_of_2(size), TOKENS=NORM_TOKENS, HEADS=NORM_HEADS, SCALED=scaled,
         )  # fmt: skip
         return into
 
@@ -378,27 +378,11 @@ def backward(
 
 
 SHAPES = {
-    "forward": (
-        *((64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4)),
-        *((128, 64, 4, 4), (128, 64, 8, 3), (64, 128, 4, 2)),
-    ),
-    "queries": (
-        (64, 64, 4, 3),
-        (64, 32, 4, 3),
-        (64, 32, 4, 4),
-        (64, 64, 4, 2),
-        (128, 64, 8, 3),
-        (128, 32, 4, 3),
-    ),
-    "keys": (
-        (64, 64, 4, 2),
-        (64, 32, 4, 3),
-        (64, 64, 4, 3),
-        (64, 32, 4, 2),
-        (128, 64, 8, 3),
-        (128, 64, 8, 2),
-    ),
-}
+    "forward": ((64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 4),
+                (128, 64, 4, 4), (128, 64, 8, 3), (64, 128, 4, 2)),
+    "queries": ((64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 4), (64, 64, 4, 2), (128, 64, 8, 3), (128, 32, 4, 3)),
+    "keys": ((64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
+}  # fmt: skip
 """Rows, block, warps and stages worth measuring for each kernel, likeliest first."""
 
 
