@@ -20,7 +20,7 @@ from hmar_cli.builders import find_tokenizer, load_model, load_tokenizer
 from hmar_cli.checkpoints.store import Checkpoint
 from hmar_cli.console import progress, warn
 from hmar_cli.data.cache import Cache
-from hmar_cli.data.images import Example, ImageSource
+from hmar_cli.data.images import Example, ImageSource, class_places
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import Pixels, image_transform, to_tensor
 from hmar_cli.errors import UserError
@@ -110,29 +110,38 @@ class HeldOut:
 
     Attributes:
         tokens: [N, L] int64, on the CPU.
-        classes: N names.
+        places: N, of each image's class in `class_names`.
+        class_names: of the data; two classes may share a name.
         images: [N, H, W, 3] uint8, or None where they were not asked for.
         about: where they come from, for the record.
     """
 
     tokens: Tensor
-    classes: tuple[str, ...]
+    places: tuple[int, ...]
+    class_names: tuple[str, ...]
     images: Pixels | None = None
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """N names."""
+        return tuple(self.class_names[place] for place in self.places)
 
     def labels(self, checkpoint: Checkpoint) -> Tensor:
         """The images' classes as a model numbers them, [N] int64.
 
         Raises:
-            UserError: a class that the model does not know.
+            UserError: a class that the model does not know, or a name that several of its classes share.
         """
-        known = {name: place for place, name in enumerate(checkpoint.class_names)}
-        if unknown := [name for name in self.classes if name not in known]:
+        known = class_places(self.class_names, checkpoint.class_names)
+        if unknown := [place for place in self.places if known[place] < 0]:
+            name = self.class_names[unknown[0]]
+            lack = "several classes" if name in checkpoint.class_names else "no class"
             raise UserError(
-                f"{checkpoint.folder} knows no class {unknown[0]!r}, which {self.about['data']} has",
+                f"{checkpoint.folder} knows {lack} {name!r}, which {self.about['data']} has",
                 f"use images of its classes, such as {', '.join(checkpoint.class_names[:5])}",
             )
-        return torch.tensor([known[name] for name in self.classes])
+        return torch.tensor([known[place] for place in self.places])
 
     def batches(self, size: int, title: str) -> Iterator[slice]:
         """Yield slices of at most `size` images, with a bar that shows images a second."""
@@ -185,9 +194,9 @@ def _from_cache(cache: Cache, fingerprint: str, count: int) -> HeldOut:
         )
     chosen = np.array(spread(len(cache), count), np.int64)
     tokens = torch.from_numpy(cache.fetch("tokens", chosen, np.zeros_like(chosen)).astype(np.int64))
-    names = tuple(manifest.class_names[label] for label in cache.labels[chosen])
+    places = tuple(cache.labels[chosen].tolist())
     about = {"data": str(cache.path), "source": manifest.source, "crop": manifest.crop}
-    return HeldOut(tokens, names, None, _record(about, tokens))
+    return HeldOut(tokens, places, tuple(manifest.class_names), None, _record(about, tokens))
 
 
 def _from_source(
@@ -197,12 +206,12 @@ def _from_source(
     broken: list[Example] = []
     usable = _cut(source, codec.image_size, count, broken)
     tokens: list[Tensor] = []
-    names: list[str] = []
+    places: list[int] = []
     kept: list[Pixels] = []
     while batch := list(itertools.islice(usable, batch_size)):
         pixels = np.stack([each for each, _ in batch])  # [B, H, W, 3]
         tokens.append(codec.encode(to_tensor(pixels).to(device)).cpu())  # [B, L]
-        names += [name for _, name in batch]
+        places += [place for _, place in batch]
         kept += [pixels] * pictures
     first = broken[0].fault if broken else ""
     if not tokens:
@@ -211,13 +220,14 @@ def _from_source(
         warn(f"left out {len(broken)} images of {source.name}; {first}")
     every = torch.cat(tokens)  # [N, L]
     about = {"data": source.name, "source": source.name, "crop": "adm", "unreadable": len(broken)}
-    return HeldOut(every, tuple(names), np.concatenate(kept) if pictures else None, _record(about, every))
+    images = np.concatenate(kept) if pictures else None
+    return HeldOut(every, tuple(places), source.class_names, images, _record(about, every))
 
 
 def _cut(
     source: ImageSource, size: tuple[int, int], count: int, broken: list[Example]
-) -> Iterator[tuple[Pixels, str]]:
-    """Yield centre-cropped images [H, W, 3] with their class names; put what cannot be used into `broken`."""
+) -> Iterator[tuple[Pixels, int]]:
+    """Yield centre-cropped images [H, W, 3] with their labels; put what cannot be used into `broken`."""
     cut, rng = image_transform(list(size), "adm", train=False), np.random.default_rng(0)  # cuts the middle
     if source.random_access:
         chosen = spread(len(source), count)
@@ -230,7 +240,7 @@ def _cut(
             if example.image is None:
                 broken.append(example)
             else:
-                yield cut(example.image, rng), source.class_names[example.label]
+                yield cut(example.image, rng), example.label
             bar.advance()
 
 
@@ -254,7 +264,7 @@ def draw_held_out(subject: Subject, *, count: int, seed: int, batch_size: int) -
             bar.advance(len(indices))
     every = torch.cat(tokens)  # [N, L]
     about = {"data": "samples of the model itself", "seed": seed, "sample": asdict(settings)}
-    return HeldOut(every, tuple(names[i % len(names)] for i in range(count)), None, _record(about, every))
+    return HeldOut(every, tuple(i % len(names) for i in range(count)), names, None, _record(about, every))
 
 
 def _record(about: dict[str, Any], tokens: Tensor) -> dict[str, Any]:

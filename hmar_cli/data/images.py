@@ -2,6 +2,7 @@
 
 import io
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,19 @@ class Example:
     def fault(self) -> str:
         """Which image cannot be used, and why; empty if it can."""
         return f"image {self.index}: {self.error}" if self.image is None else ""
+
+
+def class_places(names: Sequence[str], known: Sequence[str]) -> list[int]:
+    """Find each class of `names` in the `known` ones: its place there, -1 where it has none.
+
+    A name that several of the known classes share, as two of ImageNet's are called crane, says which one is meant
+    only where both lists are the same.
+    """
+    if tuple(names) == tuple(known):
+        return list(range(len(known)))
+    counts = Counter(known)
+    places = {name: place for place, name in enumerate(known) if counts[name] == 1}
+    return [places.get(name, -1) for name in names]
 
 
 class ImageSource(ABC):

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from hmar_cli.console import progress
 from hmar_cli.data.frames import as_tensor
-from hmar_cli.data.images import ImageSource
+from hmar_cli.data.images import ImageSource, class_places
 from hmar_cli.data.transforms import Pixels, image_transform
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor
@@ -234,8 +234,7 @@ class _Judge:
         self.extractor, self.rng = extractor, np.random.default_rng(0)  # for a cut around the middle
         size = extractor.size or held_out.pixels.shape[1:3]
         self.cut = image_transform(size, "adm", train=False)
-        places = {name: place for place, name in enumerate(extractor.class_names)}
-        named = [places.get(name, -1) for name in held_out.class_names]
+        named = class_places(held_out.class_names, extractor.class_names)
         self.labelled = min(named) >= 0
         self.labels = torch.tensor([named[label] for label in held_out.labels])
         self.statistics = FeatureStatistics()

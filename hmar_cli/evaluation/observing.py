@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hmar_cli.data import sharing
 from hmar_cli.data.frames import as_tensor
-from hmar_cli.data.images import Example, ImageSource
+from hmar_cli.data.images import Example, ImageSource, class_places
 from hmar_cli.data.sharing import Share, own_share, shared_batches, shared_progress
 from hmar_cli.data.transforms import Crop, ImageTransform, Pixels, height_width, image_transform
 from hmar_cli.errors import UserError
@@ -263,17 +263,8 @@ class _Observer:
         self.indices: list[int] = []
 
     def name_classes(self, names: Sequence[str]) -> None:
-        """Say which classes the set has.
-
-        A name that several classes share, as two of ImageNet's are called crane, is of use only where the extractor
-        has the very same list.
-        """
-        ours = self.extractor.class_names
-        if tuple(names) == ours:
-            self.labels = list(range(len(ours)))
-        else:
-            places = {name: place if ours.count(name) == 1 else -1 for place, name in enumerate(ours)}
-            self.labels = [places.get(name, -1) for name in names]
+        """Say which classes the set has."""
+        self.labels = class_places(names, self.extractor.class_names)
         self.found.labelled = bool(self.labels) and min(self.labels) >= 0
 
     def read(self, example: Example) -> _Prepared:

@@ -1,5 +1,6 @@
 """Held-out images as tokens: which are read, by what, and what is refused."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,9 +87,21 @@ def test_images_that_cannot_be_read_are_left_out(
 
 
 def test_an_unknown_class_is_refused(load: Load, held_out: HeldOut) -> None:
-    strange = HeldOut(held_out.tokens, ("zebra",) * 7, None, held_out.about)
+    strange = HeldOut(held_out.tokens, (0,) * 7, ("zebra",), None, held_out.about)
     with pytest.raises(UserError, match="knows no class 'zebra'"):
         strange.labels(load("var").checkpoint)
+
+
+def test_classes_of_one_name_keep_their_labels(load: Load, held_out: HeldOut) -> None:
+    """ImageNet has two cranes: lists that are the same tell them apart, others cannot."""
+    twins = ("crane", "green", "crane")
+    checkpoint = dataclasses.replace(load("var").checkpoint, class_names=twins)
+    found = dataclasses.replace(held_out, places=(0, 1, 2, 0, 1, 2, 0), class_names=twins)
+    assert found.labels(checkpoint).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    other = dataclasses.replace(held_out, places=(1,) * 7, class_names=("crane", "green"))
+    assert other.labels(checkpoint).tolist() == [1] * 7
+    with pytest.raises(UserError, match="knows several classes 'crane'"):
+        dataclasses.replace(other, places=(0,) * 7).labels(checkpoint)
 
 
 def test_a_model_draws_the_same_images_in_any_batch(load: Load) -> None:

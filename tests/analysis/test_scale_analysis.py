@@ -75,7 +75,13 @@ def test_batches_change_nothing_and_the_error_is_that_of_the_mean(load: Load, he
     for key in ("cross_entropy", "accuracy", "cross_entropy_error"):
         torch.testing.assert_close(column(several, key), column(one, key), rtol=1e-5, atol=1e-6)
     parts = [
-        HeldOut(held_out.tokens[i : i + 1], held_out.classes[i : i + 1], None, held_out.about)
+        HeldOut(
+            held_out.tokens[i : i + 1],
+            held_out.places[i : i + 1],
+            held_out.class_names,
+            None,
+            held_out.about,
+        )
         for i in range(7)
     ]
     subject = load("var")
