@@ -5,6 +5,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from hmar_cli.console import console
 from hmar_cli.data.arrays import open_arrays
 from hmar_cli.data.transforms import Crop
 from hmar_cli.errors import UserError
@@ -121,10 +124,6 @@ def published_file(address: str, folder: Path | None = None) -> Path:
     Raises:
         UserError: nothing can be downloaded; the line says what to fetch, and how to pass it.
     """
-    import torch
-
-    from hmar_cli.console import console
-
     target = (folder or cache_folder() / "references") / address.rsplit("/", 1)[1]
     if target.is_file():
         return target
