@@ -1,5 +1,6 @@
 """Measuring fills, with fills whose answers are known."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -72,6 +73,23 @@ def test_a_model_that_returns_the_original_is_perfect(network: ImageClassifier, 
         assert row.psnrs == [HIGHEST] * COUNT
         assert max(row.distances) < 1e-4 and row.frechet < 1e-6
         assert row.right == report.right
+
+
+def test_classes_of_one_name_are_told_apart_by_the_same_list_alone(held_out: HeldOut) -> None:
+    """ImageNet has two cranes."""
+    twins = dataclasses.replace(held_out, class_names=("crane",) * 8)
+    original = iter(held_out.labels)
+
+    def look(pixels: torch.Tensor) -> Features:
+        named = torch.tensor([next(original, 0) for _ in pixels])
+        return Features(pixels.float().mean(dim=(2, 3)), logits=torch.eye(8)[named])
+
+    place = torch.device("cpu")
+    judge = Extractor(name="", fingerprint="", look=look, device=place, class_names=twins.class_names)
+    report = measure_fills(judge, twins, {"model": keep}, masks=("half",))
+    assert report.labelled and report.right == COUNT and len(set(held_out.labels)) > 1
+    other = dataclasses.replace(judge, class_names=("crane",) * 9)
+    assert not measure_fills(other, twins, {"model": keep}, masks=("half",)).labelled
 
 
 def test_a_model_that_returns_another_picture_is_chance(network: ImageClassifier, held_out: HeldOut) -> None:
