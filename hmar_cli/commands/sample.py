@@ -75,7 +75,7 @@ def sample(
     as_json: drawing.AsJson = False,
 ) -> None:
     """Draw images; the help text is `EXAMPLES`."""
-    from hmar_cli.launch import check_device, delegate
+    from hmar_cli.launch import check_device, delegate, leave_processes
 
     check_device(device)
     order = drawing.place_order(
@@ -105,6 +105,7 @@ def sample(
             assert isinstance(model, MaskedTransformer)
             compile_heads(model)
         summary = draw_images(model, codec, job, out, device, about, keep)
+        leave_processes()
         if summary is None:  # not the process that reports
             return
         about |= summary

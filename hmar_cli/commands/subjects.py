@@ -83,7 +83,7 @@ def drawn_images(order: "Order", keep: Path | None, device: str) -> Iterator[Sub
         if out is None:
             out = place_of({**about, "precision": order.loading.precision})
             stack.enter_context(passing_folder(out, first))
-        speed = draw_images(model, codec, job, out, device, about, Keep(), part=False) or {}
+        speed = draw_images(model, codec, job, out, device, about, Keep()) or {}
         del model, codec
         PartialState().wait_for_everyone()
         source = open_samples(out)

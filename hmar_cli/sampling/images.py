@@ -210,13 +210,11 @@ def draw_images(
     device: str,
     about: dict[str, Any],
     keep: Keep,
-    *,
-    part: bool = True,
 ) -> dict[str, Any] | None:
     """Draw all images of a job into `out`: 000000.png ..., grid.png, sample.json, and what `keep` adds.
 
     Images that an earlier run with the same settings finished are kept, also where it drew fewer. Several processes
-    share the work.
+    share the work, and stay connected.
 
     Args:
         model: the model, in evaluation mode.
@@ -226,7 +224,6 @@ def draw_images(
         device: "cpu", "cuda" or "" for a GPU where there is one.
         about: recorded in sample.json; a folder with another record is refused.
         keep: what else is written.
-        part: whether several processes lose sight of each other at the end; False where they go on together.
 
     Returns:
         Precision, seconds, images per second (also without the first batch, which loads and compiles kernels) and
@@ -259,8 +256,6 @@ def draw_images(
     times = _draw_share(model, tokenizer, job, out, place, state, keep)
     state.wait_for_everyone()
     seconds = time.perf_counter() - start
-    if part and state.num_processes > 1:
-        state.destroy_process_group()
     if not state.is_main_process:
         return None
     _finish(out, job, keep)
