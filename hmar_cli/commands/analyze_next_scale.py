@@ -117,7 +117,7 @@ Train a model with each weighting of the loss, and measure their images (HMAR su
 
 Every run has the recipe's settings but for `objective.weighting`; runs lie in `--runs`, a finished one is kept and
 one that was stopped goes on. The paper samples with cfg=1.5, top_k=900 and top_p=0.96, at 310M parameters. Loss and
-accuracy per scale (Figs 14 to 16) come from `hmar analyze scales runs/weightings/*`.
+accuracy per scale (Figs 14 to 16) come from `hmar analyze scales runs/weightings/* --data SOURCE`.
 
 **Examples**
 
@@ -303,10 +303,10 @@ def attention(
     from hmar_cli.analysis.attention import attention_figure, attention_rows, measure_attention, scale_pairs
     from hmar_cli.analysis.held_out import draw_held_out, read_held_out
 
-    given = read_held_out(data, subjects[0].codec, count=count, batch_size=together) if data else None
+    shared = read_held_out(data, subjects[0].codec, count=count, batch_size=together) if data else None
     found, images = {}, {}
     for subject in subjects:
-        seen = given or draw_held_out(subject, count=count, seed=flags.seed, batch_size=together)
+        seen = shared or draw_held_out(subject, count=count, seed=flags.seed, batch_size=together)
         found[subject.name], images[subject.name] = measure_attention(subject, seen, together), seen.about
     rows = [row for name, patterns in found.items() for row in attention_rows(name, patterns)]
     pairs = [row for name, patterns in found.items() for row in scale_pairs(name, patterns)]
@@ -494,7 +494,6 @@ def weighting_quality(
     study = sweeping.Study(
         name="weighting-quality",
         metrics="fid,is,precision,recall",
-        values=lambda recipe, schedule: {},
         draw=studies.draw_ablation,
         base="always",
         row=lambda outcome: {key: value for key, value in outcome.row.items() if value not in ("", None)},

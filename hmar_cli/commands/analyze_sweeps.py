@@ -176,7 +176,6 @@ def ablation(
 
     study = Study(
         name="ablation",
-        values=lambda recipe, schedule: {},
         draw=studies.draw_ablation,
         base="always",
         row=studies.ablation_row,

@@ -73,7 +73,7 @@ def tokenizers(
     """Draw Table 5; the help text is `EXAMPLES`."""
     from hmar_cli.builders import find_tokenizer
     from hmar_cli.commands import eval_tokenizer
-    from hmar_cli.launch import check_device, delegate, join_processes
+    from hmar_cli.launch import check_device, delegate, join_processes, leave_processes
 
     check_device(device)
     opened = dict(zip(short_names(checkpoints), map(find_tokenizer, checkpoints), strict=True))
@@ -105,6 +105,7 @@ def tokenizers(
         originals, copies = zip(*found.pairs, strict=True)
         pictures.setdefault(short(spelling), list(originals))
         pictures[f"{name}: {rows[-1]['pixels']}, {short(spelling)}"] = list(copies)
+    leave_processes()
     if place.rank:
         return
     settings = {"shown": shown, "reports": reports}

@@ -161,8 +161,8 @@ def choose(
     shared: dict[str, Any] = {"weights": weights, "make_stats": make_stats, "batch_size": batch_size}
     if preset:
         fixed = find_preset(preset)
-        if given := [f"--{key}" for key, value in wanted.items() if value]:
-            raise UserError(f"--preset {preset} fixes {', '.join(given)}", "leave one out")
+        if asked := [f"--{key}" for key, value in wanted.items() if value]:
+            raise UserError(f"--preset {preset} fixes {', '.join(asked)}", "leave one out")
         return Plan(
             metrics=fixed.metrics,
             extractor=fixed.extractor,

@@ -75,7 +75,7 @@ class Study:
     Attributes:
         name: of the command and its files.
         metrics: what is measured by default.
-        values: what is varied of a model by default: settings of its sampler and their values.
+        values: what is varied of a model by default: settings of its sampler and their values; none unless said.
         draw: the figure, of outcomes and of the metrics to show: their names and which direction is better.
         base: whether a model as it is has a row: "always", where nothing of it is varied ("alone"), or "never".
         start: settings that hold unless others are given.
@@ -85,7 +85,7 @@ class Study:
 
     name: str
     metrics: str = "fid"
-    values: "Callable[[Recipe, Schedule], Mapping[str, Sequence[Cell]]]"
+    values: "Callable[[Recipe, Schedule], Mapping[str, Sequence[Cell]]]" = lambda recipe, schedule: {}
     draw: "Callable[[Sequence[Outcome], Mapping[str, str]], Figure]"
     base: Literal["always", "alone", "never"] = "never"
     start: Mapping[str, str] = field(default_factory=dict)
@@ -129,13 +129,15 @@ def carry_out(study: Study, chosen: Sequence[Entry], flags: Flags) -> None:
         return
     begin(flags)
     from hmar_cli.analysis.sweep import sweep
-    from hmar_cli.launch import join_processes
+    from hmar_cli.launch import join_processes, leave_processes
 
     out = flags.out or Path("analysis") / study.name
     require_writable(out / f"{study.name}.json")
     judge = open_judge(study, flags, trials)
     outcomes = sweep(trials, judge, out, device=flags.device, shown=flags.shown)
-    if join_processes(flags.device).rank == 0:
+    first = join_processes(flags.device).rank == 0
+    leave_processes()
+    if first:
         publish(study, judge, outcomes, out, flags)
 
 
