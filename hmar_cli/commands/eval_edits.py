@@ -226,13 +226,16 @@ def own_conditions(checkpoint: "Checkpoint", held_out: "HeldOut", text_weights: 
         if not all(held_out.captions):
             raise UserError(f"{held_out.source} has pictures without captions", "use --labels none")
         return drawing.conditions_for(text, [], list(held_out.captions))
-    known = {name: place for place, name in enumerate(checkpoint.class_names)}
-    if unknown := [name for name in held_out.class_names if name not in known]:
+    from hmar_cli.data.images import class_places
+
+    places = class_places(held_out.class_names, checkpoint.class_names)
+    if -1 in places:
+        unknown = held_out.class_names[places.index(-1)]
         raise UserError(
-            f"{checkpoint.folder} knows no class {unknown[0]!r}, which {held_out.source} has",
+            f"{checkpoint.folder} knows no class {unknown!r}, which {held_out.source} has",
             "use --labels none",
         )
-    classes = [known[held_out.class_names[label]] for label in held_out.labels]
+    classes = [places[label] for label in held_out.labels]
     return drawing.conditions_for(None, classes, [])
 
 

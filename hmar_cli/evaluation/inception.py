@@ -45,7 +45,7 @@ def open_inception(device: torch.device, weights: Path | None = None) -> Extract
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
     except RuntimeError as error:
-        line = str(error).strip().splitlines()[0]
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"{path} holds other weights: {line}", _where_from()) from error
     digest = file_sha256(path)
     standard = digest.startswith(PUBLISHED)
