@@ -101,7 +101,14 @@ def samples(
     picture = require_places(out, grid)
     if make_stats:
         require_writable(make_stats)
-    wanted = {"extractor": extractor, "metrics": metrics, "count": count, "size": size, "crop": crop}
+    wanted = {
+        "extractor": extractor,
+        "metrics": metrics,
+        "count": count,
+        "size": size,
+        "crop": crop,
+        "labels": contents.labels,
+    }
     plan = choose(wanted, preset, reference, extractor_weights, make_stats, batch_size, not dry_run)
     order = None
     if is_checkpoint(Path(subject)):
@@ -143,7 +150,7 @@ def choose(
     """What the flags come to.
 
     Args:
-        wanted: flags that a preset fixes: extractor, metrics, count, size, crop; empty where not given.
+        wanted: flags that a preset fixes: extractor, metrics, count, size, crop, labels; empty where not given.
         preset: its name, or "".
         reference: its spelling, or "".
         weights: a file of the extractor's.

@@ -563,6 +563,7 @@ def test_a_preset_fixes_everything(
         ("--extractor", run),
         ("--size", 4),
         ("--crop", "var"),
+        ("--labels", "circle"),
     ):
         refused(hmar("eval", "samples", samples, *flags, *flag), f"--preset toy fixes {flag[0]}")
     refused(
