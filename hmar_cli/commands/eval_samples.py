@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hmar_cli.commands import drawing
-from hmar_cli.commands.flags import given, require_places, with_flags
+from hmar_cli.commands.flags import given, refuse_fixed, require_places, with_flags
 from hmar_cli.errors import UserError
 from hmar_cli.files import require_writable
 
@@ -168,8 +168,7 @@ def choose(
     shared: dict[str, Any] = {"weights": weights, "make_stats": make_stats, "batch_size": batch_size}
     if preset:
         fixed = find_preset(preset)
-        if asked := [f"--{key}" for key, value in wanted.items() if value]:
-            raise UserError(f"--preset {preset} fixes {', '.join(asked)}", "leave one out")
+        refuse_fixed(preset, wanted)
         return Plan(
             metrics=fixed.metrics,
             extractor=fixed.extractor,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from hmar_cli.commands import drawing
-from hmar_cli.commands.flags import require_places
+from hmar_cli.commands.flags import refuse_fixed, require_places
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def tokenizer(
     check_device(device)
     picture = require_places(out, grid)
     if preset:
-        check_preset(
-            {"--size": size, "--native": native, "--crop": crop, "--count": count, "--extractor": extractor}
+        refuse_fixed(
+            preset, {"size": size, "native": native, "crop": crop, "count": count, "extractor": extractor}
         )
         extractor, count = "inception", PRESET_COUNT
     if native and (size or crop):
@@ -138,16 +138,6 @@ def tokenizer(
     for line in warnings(frames, found):
         warn(line)
     publish(report, out, as_json=as_json, show=print_report)
-
-
-def check_preset(flags: dict[str, Any]) -> None:
-    """Refuse flags that a preset fixes.
-
-    Raises:
-        UserError: one of them was given.
-    """
-    if given := [name for name, value in flags.items() if value]:
-        raise UserError(f"--preset tokenizer fixes {', '.join(given)}", "leave out either")
 
 
 def parse_size(text: str) -> list[int] | None:

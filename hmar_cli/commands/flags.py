@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,20 @@ def choose(flag: str, text: str, known: Sequence[str], what: str) -> list[str]:
     if unknown := [each for each in chosen if each not in known]:
         raise UserError(f"{flag} {text}: no {what} {unknown[0]!r}", f"there are {', '.join(known)}")
     return chosen
+
+
+def refuse_fixed(preset: str, asked: Mapping[str, Any]) -> None:
+    """Refuse flags that a preset fixes.
+
+    Args:
+        preset: its name.
+        asked: what it fixes, by the names of the flags; empty where one was not given.
+
+    Raises:
+        UserError: one of them was.
+    """
+    if flags := [f"--{name}" for name, value in asked.items() if value]:
+        raise UserError(f"--preset {preset} fixes {', '.join(flags)}", "leave one out")
 
 
 def short_names(

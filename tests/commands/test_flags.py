@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from hmar_cli.commands.flags import choose, given, short_names, with_flags, words
+from hmar_cli.commands.flags import choose, given, refuse_fixed, short_names, with_flags, words
 from hmar_cli.errors import UserError
 
 
@@ -65,6 +65,12 @@ def test_parts_between_commas() -> None:
     assert choose("--some", "", ("a", "b", "c"), "letter") == ["a", "b", "c"]
     with pytest.raises(UserError, match="--some a,d: no letter 'd'"):
         choose("--some", "a,d", ("a", "b", "c"), "letter")
+
+
+def test_flags_that_a_preset_fixes() -> None:
+    refuse_fixed("papers", {"size": 0, "crop": None, "labels": ""})
+    with pytest.raises(UserError, match="--preset papers fixes --size, --crop"):
+        refuse_fixed("papers", {"size": 8, "count": 0, "crop": "var"})
 
 
 def test_short_names() -> None:
