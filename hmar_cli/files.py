@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hmar_cli.console import console
 from hmar_cli.errors import UserError
 
 
@@ -67,6 +69,41 @@ def require_writable(target: Path) -> None:
 def cache_folder() -> Path:
     """Where the program keeps what it can make or fetch again: $XDG_CACHE_HOME/hmar, else ~/.cache/hmar."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hmar"
+
+
+def fetch(
+    address: str, target: Path, hint: str, *, sha256: str = "", whole: Callable[[Path], bool] = Path.is_file
+) -> Path:
+    """Download a published file once, and keep it.
+
+    Args:
+        address: of the file.
+        target: where it is kept, and fetched only if it is not there.
+        hint: how else to pass the file.
+        sha256: the first digits of its SHA-256, where they are known.
+        whole: whether a file is what it should be.
+
+    Returns:
+        The target.
+
+    Raises:
+        UserError: it cannot be downloaded, or something else came.
+    """
+    if target.is_file():
+        return target
+    import torch
+
+    console.print(f"downloading {address}", highlight=False)
+    try:
+        with atomic_file(target) as temporary:
+            torch.hub.download_url_to_file(
+                address, str(temporary), hash_prefix=sha256 or None, progress=sys.stderr.isatty()
+            )
+            if not whole(temporary):
+                raise ValueError("what came is torn, or something else")
+    except (OSError, RuntimeError, ValueError) as error:  # no network, no such address, or another file
+        raise UserError(f"{target} is not there and cannot be downloaded: {error}", hint) from error
+    return target
 
 
 def write_json(target: Path, value: Any) -> None:

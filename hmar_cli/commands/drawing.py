@@ -143,18 +143,9 @@ class Contents:
         Raises:
             UserError: a file that cannot be read, or holds none.
         """
-        texts, file = list(self.prompt or []), self.prompt_file
-        if file is None:
-            return texts
-        try:
-            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read {file}: {error}", "give a text file with a prompt on every line"
-            ) from error
-        if not any(lines):
-            raise UserError(f"{file} holds no prompt", "write one on every line")
-        return texts + [line for line in lines if line]
+        from hmar_cli.data.captions import read_prompts
+
+        return [*(self.prompt or ()), *(read_prompts(self.prompt_file) if self.prompt_file else ())]
 
 
 @dataclass(frozen=True, kw_only=True)

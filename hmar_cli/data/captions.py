@@ -1,6 +1,7 @@
 """What a cache keeps of captions, and a model gets of prompts: token ids, or the embeddings of a frozen tower."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,23 @@ if TYPE_CHECKING:
 
 BATCHES = {"cpu": 1, "cuda": 128}
 """Captions that a tower encodes at once: always as many, since rows round alike in batches of one size only."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read a text file with a prompt on every line; blank lines are passed over.
+
+    Raises:
+        UserError: a file that cannot be read, or holds none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "give a text file with a prompt on every line"
+        raise UserError(f"cannot read {path}: {error}", hint) from error
+    prompts = [prompt for line in lines if (prompt := line.strip())]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt", "write one on every line")
+    return prompts
 
 
 def draw_captions(source: ImageSource, count: int, seed: int) -> list[str]:

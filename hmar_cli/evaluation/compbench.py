@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from hmar_cli.data.captions import read_prompts
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_folder
 
@@ -57,13 +58,7 @@ def read_categories(folder: Path, names: Sequence[str] = (), limit: int = 0) -> 
 
 
 def _read_prompts(path: Path, limit: int) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}", "write a prompt on every line") from error
-    prompts = [prompt for line in lines if (prompt := line.split("\t")[0].strip())][: limit or None]
-    if not prompts:
-        raise UserError(f"{path} holds no prompt", "write one on every line")
+    prompts = [line.split("\t")[0].rstrip() for line in read_prompts(path)][: limit or None]
     for prompt in prompts:
         if "_" in prompt or "/" in prompt or "\0" in prompt or len(prompt.encode()) > LONGEST:
             raise UserError(

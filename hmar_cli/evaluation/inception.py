@@ -8,7 +8,6 @@ Letters: B images of a batch, H W their rows and columns.
 """
 
 import pickle
-import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor, Features
-from hmar_cli.files import atomic_file, file_sha256
+from hmar_cli.files import fetch, file_sha256
 
 PUBLISHED = "6726825d"
 """First digits of the SHA-256 of the published weights; their file's name carries them too."""
@@ -84,16 +83,7 @@ def published_weights() -> Path:
     """
     url = _address()
     target = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if target.is_file():
-        return target
-    try:
-        with atomic_file(target) as temporary:
-            torch.hub.download_url_to_file(url, str(temporary), hash_prefix=PUBLISHED, progress=False)
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
-        raise UserError(
-            f"Inception's weights are not there ({target}) and cannot be downloaded: {error}", _where_from()
-        ) from error
-    return target
+    return fetch(url, target, _where_from(), sha256=PUBLISHED)
 
 
 def _address() -> str:

@@ -1,18 +1,14 @@
 """How papers measure: extractor, metrics, number of images, size, crop and reference, each under one name."""
 
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from hmar_cli.console import console
 from hmar_cli.data.arrays import open_arrays
 from hmar_cli.data.transforms import Crop
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.references import is_statistics
-from hmar_cli.files import atomic_file, cache_folder
+from hmar_cli.files import cache_folder, fetch
 
 ADM_BATCHES = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 ADM_METRICS = ("fid", "sfid", "is", "precision", "recall")
@@ -87,11 +83,12 @@ def preset_reference(name: str, preset: Preset, given: str, fetch: bool = True) 
     Args:
         name: the preset's name, for messages.
         preset: which.
-        given: a source or file; "" for the published one, from `published_file`.
+        given: a source or file; "" for the published one, from the user's cache.
         fetch: download that if need be; else its address stands for it.
 
     Raises:
-        UserError: another file than the preset's, or none for a preset without a published one.
+        UserError: another file than the preset's, none for a preset without a published one, or one that cannot be
+            downloaded.
     """
     if not preset.address:
         if not given:
@@ -103,7 +100,7 @@ def preset_reference(name: str, preset: Preset, given: str, fetch: bool = True) 
     if not given and not fetch:
         return preset.address
     hint = f"leave --reference out, or give the file of {preset.address}"
-    path = Path(given).expanduser() if given else published_file(preset.address)
+    path = Path(given).expanduser() if given else _published(preset.address)
     if not is_statistics(path):
         raise UserError(f"{name} measures against {preset.reference}, and {path} holds no statistics", hint)
     _, height, width, _ = open_arrays(path).shape
@@ -114,27 +111,7 @@ def preset_reference(name: str, preset: Preset, given: str, fetch: bool = True) 
     return str(path)
 
 
-def published_file(address: str, folder: Path | None = None) -> Path:
-    """Download a published file once, and keep it.
-
-    Args:
-        address: of the file.
-        folder: where it is kept; None for the user's cache.
-
-    Raises:
-        UserError: nothing can be downloaded; the line says what to fetch, and how to pass it.
-    """
-    target = (folder or cache_folder() / "references") / address.rsplit("/", 1)[1]
-    if target.is_file():
-        return target
-    console.print(f"downloading {address}", highlight=False)
-    try:
-        with atomic_file(target) as temporary:
-            torch.hub.download_url_to_file(address, str(temporary), progress=sys.stderr.isatty())
-            if not zipfile.is_zipfile(temporary):
-                raise ValueError("what came is no whole .npz file")
-    except (OSError, ValueError) as error:  # no network, no such address, or an incomplete file
-        raise UserError(
-            f"cannot download {address}: {error}", f"fetch it elsewhere and give --reference {target.name}"
-        ) from error
-    return target
+def _published(address: str) -> Path:
+    target = cache_folder() / "references" / address.rpartition("/")[2]
+    hint = f"fetch {address} elsewhere and pass it: --reference FILE"
+    return fetch(address, target, hint, whole=zipfile.is_zipfile)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from hmar_cli.data.shapes import SHAPES
 from hmar_cli.data.sources import open_source
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation import presets
-from hmar_cli.evaluation.presets import PRESETS, Preset, published_file
+from hmar_cli.evaluation.presets import PRESETS, Preset
 from hmar_cli.evaluation.reports import Report
-from hmar_cli.files import file_sha256
+from hmar_cli.files import fetch, file_sha256
 from hmar_cli.recipe import load_recipe
 from hmar_cli.settings import Recipe
 from hmar_cli.tokenizers.blocks import hash_weights
@@ -603,12 +604,13 @@ def test_a_file_that_comes_torn_is_not_kept(tmp_path: Path) -> None:
     whole = tmp_path / "whole.npz"
     np.savez(whole, mu=np.zeros(1000))
     (tmp_path / "torn.npz").write_bytes(whole.read_bytes()[:-100])
+    kept = tmp_path / "kept" / "file.npz"
     for name in ("torn.npz", "absent.npz"):
-        with pytest.raises(UserError, match=f"cannot download file:.*{name}") as error:
-            published_file((tmp_path / name).as_uri(), tmp_path / "kept")
-        assert error.value.hint.endswith(f"--reference {name}")
-        assert not list((tmp_path / "kept").iterdir())
-    assert published_file(whole.as_uri(), tmp_path / "kept").read_bytes() == whole.read_bytes()
+        with pytest.raises(UserError, match=f"{kept} is not there and cannot be downloaded: ") as error:
+            fetch((tmp_path / name).as_uri(), kept, "a hint", whole=zipfile.is_zipfile)
+        assert error.value.hint == "a hint" and not list(kept.parent.iterdir())
+    assert fetch(whole.as_uri(), kept, "", whole=zipfile.is_zipfile) == kept
+    assert kept.read_bytes() == whole.read_bytes()
 
 
 def test_flags_that_draw_are_for_checkpoints(run: Path, samples: Path, model: Path) -> None:
