@@ -30,6 +30,21 @@ def check_device(device: str) -> None:
             raise UserError("--device cuda: no GPU is visible to PyTorch", "leave --device out, or give cpu")
 
 
+def choose_device(device: str = "") -> "torch.device":
+    """The device of a command that runs in one process.
+
+    Args:
+        device: "cpu", "cuda" or "" for a GPU where there is one.
+
+    Raises:
+        UserError: see `check_device`.
+    """
+    check_device(device)
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def wait_for_launcher(error: RuntimeError) -> None:
     """Wait for the end if `error` only says that another process of this run has failed; else return.
 
@@ -81,15 +96,14 @@ def delegate(processes: int, device: str = "") -> None:
         device: "cpu", "cuda" or "" for GPUs where there are any.
 
     Raises:
-        UserError: more processes than GPUs.
+        UserError: more processes than GPUs, or a device that is not there.
         typer.Exit: always, once the processes have ended.
     """
     if processes <= 1:
         return
     import torch
 
-    gpus = torch.cuda.device_count()
-    on_cpu = device == "cpu" or (not device and not gpus)
+    gpus, on_cpu = torch.cuda.device_count(), choose_device(device).type == "cpu"
     if not on_cpu and processes > gpus:
         raise UserError(f"--launch {processes}: only {gpus} GPUs are visible", f"use --launch {gpus}")
     raise typer.Exit(_launch(processes, on_cpu, ["-m", "hmar_cli", *without_launch(sys.argv[1:])]))
@@ -119,13 +133,17 @@ def join_processes(device: str = "") -> Place:
 
     Args:
         device: "cpu", "cuda" or "" for a GPU where there is one.
+
+    Raises:
+        UserError: see `check_device`.
     """
-    import torch
     from accelerate import PartialState
 
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # one may be at work long after another
-    place = torch.device(device) if device and state.num_processes == 1 else state.device
+    place = choose_device(device)
+    long = timedelta(days=7)  # the last may be at work long after the first is done
+    state = PartialState(cpu=place.type == "cpu", timeout=long)
+    if state.num_processes > 1:
+        place = state.device
     return Place(place, state.process_index, state.num_processes)
 
 

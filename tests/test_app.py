@@ -81,6 +81,7 @@ def test_a_closed_pipe_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
         ["train", "--recipe", "hmar-tiny"],
         ["finetune-masked", "x"],
         ["sample", "--checkpoint", "x"],
+        ["bench-attention"],
     ],
     ids=lambda arguments: str(arguments[0]),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = {"errors", "files", "console", "__version__"}
+SHARED = {"errors", "files", "console", "launch", "__version__"}
 KERNEL_USERS = {"models", "benchmarks"}
 MAY_IMPORT = {
     "settings.py": {"models"},
@@ -43,7 +43,6 @@ MAY_IMPORT = {
         "recipe",
         "report",
         "settings",
-        "launch",
         "sizes",
     },
     "imports.py": {"builders", "checkpoints", "models", "recipe", "settings"},

@@ -12,7 +12,6 @@ from hmar_cli.commands.flags import choose, given, short_names, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.figure import Figure
 
     from hmar_cli.analysis.held_out import HeldOut, Subject
@@ -176,26 +175,14 @@ def register(app: typer.Typer) -> None:
     app.command("weighting-quality", help=WEIGHTING_QUALITY)(weighting_quality)
 
 
-def choose_device(device: str) -> "torch.device":
-    """Where to compute: a GPU where there is one.
-
-    Raises:
-        UserError: a device that is not there.
-    """
-    from hmar_cli.launch import check_device
-
-    check_device(device)
-    import torch
-
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def load_subjects(checkpoints: Sequence[Path], flags: Flags) -> "list[Subject]":
     """Load models that share a tokenizer, under names that differ.
 
     Raises:
         UserError: one cannot be had, is of another family, or has another tokenizer.
     """
+    from hmar_cli.launch import choose_device
+
     place = choose_device(flags.device)
     from hmar_cli.analysis.held_out import load_subject, require_same_tokenizer
 
@@ -441,6 +428,8 @@ def codebook(
     as_json: drawing.AsJson = False,
 ) -> None:
     """Draw Fig. 23; the help text is `CODEBOOK`."""
+    from hmar_cli.launch import choose_device
+
     place = choose_device(device)
     if not data and not (path / "manifest.json").is_file():
         raise UserError("--data is missing", f"{path} is no cache, so say which images are to be encoded")

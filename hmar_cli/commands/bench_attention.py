@@ -76,6 +76,7 @@ def bench_attention(
 ) -> None:
     """Measure; the help text is `EXAMPLES`."""
     from hmar_cli.benchmarks.cases import change
+    from hmar_cli.launch import choose_device
 
     place = choose_device(device)
     grid = change(
@@ -106,20 +107,6 @@ def bench_attention(
         directions = [d for d, asked in (("forward", forward), ("backward", backward)) if asked]
         done["speed"] = time_attention(grid, names, directions or ["forward", "backward"], timing)
     conclude(done, as_json)
-
-
-def choose_device(device: str) -> "torch.device":
-    """Where to measure; says so where there is no GPU.
-
-    Raises:
-        UserError: a device that is not there.
-    """
-    from hmar_cli.launch import check_device
-
-    check_device(device)
-    import torch
-
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def base_grid(preset: str, device: "torch.device") -> "Grid":

@@ -189,10 +189,9 @@ def edit(
     )
     files = find_pictures(picture, out)
     from hmar_cli.checkpoints.store import open_checkpoint
-    from hmar_cli.launch import check_device
+    from hmar_cli.launch import choose_device
 
-    check_device(device)
-    source = open_checkpoint(checkpoint)
+    place, source = choose_device(device), open_checkpoint(checkpoint)
     conditioned = check_condition(source, kind, label, prompt or [], asked)
     settings = drawing.resolve(source, asked)
     chosen = edit_settings(source.recipe.tokenizer, request.whole, strength, keep_scales)
@@ -202,7 +201,6 @@ def edit(
     from hmar_cli.pictures.run import Run
 
     model, codec, _ = load_model(checkpoint, loading.weights, loading.tokenizer)
-    place = _place(device)
     conditions = None
     if conditioned:
         classes = [] if prompt else drawing.parse_labels(label, source.class_names)
@@ -279,20 +277,18 @@ def open_studio(
     """
     from hmar_cli.builders import load_model
     from hmar_cli.checkpoints.store import open_checkpoint
-    from hmar_cli.launch import check_device
+    from hmar_cli.launch import choose_device
     from hmar_cli.pictures.request import WHOLE_STRENGTH, edit_settings
     from hmar_cli.sampling.images import Prompts
     from hmar_cli.serving import Studio
 
-    check_device(device)
-    source = open_checkpoint(checkpoint)
+    place, source = choose_device(device), open_checkpoint(checkpoint)
     settings = drawing.resolve(source, asked)
     chosen = edit_settings(source.recipe.tokenizer, False, strength, keep_scales)
     text = drawing.text_settings(source, loading.text_weights)
     prompts = drawing.conditions_for(text, [], []) if text else None
     assert prompts is None or isinstance(prompts, Prompts)
     model, codec, _ = load_model(checkpoint, loading.weights, loading.tokenizer)
-    place = _place(device)
     return Studio(
         name=checkpoint.resolve().name,
         model=model.to(place),
@@ -347,9 +343,3 @@ def check_condition(
             f"{guides[0]} guides towards a class or a text, and none is given", "give --label or --prompt"
         )
     return bool(label or prompts)
-
-
-def _place(device: str) -> Any:
-    import torch
-
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

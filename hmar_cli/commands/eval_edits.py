@@ -87,22 +87,19 @@ def edits(
     asked, seed = given(sampler), loading.seed
     from hmar_cli.checkpoints.store import open_checkpoint
     from hmar_cli.evaluation.edits import MASKS
-    from hmar_cli.launch import check_device
+    from hmar_cli.launch import choose_device
     from hmar_cli.pictures.request import edit_settings, erases
 
-    check_device(device)
+    place = choose_device(device)
     wanted = choose("--masks", masks, MASKS, "mask")
     opened = open_checkpoint(checkpoint)
     settings = drawing.resolve(opened, asked)
     chosen = edit_settings(opened.recipe.tokenizer, False, strength, keep_scales)
     check_guides(labels, asked)
-    import torch
-
     from hmar_cli.evaluation.edits import measure_fills, yardsticks
     from hmar_cli.evaluation.extractors import open_extractor
     from hmar_cli.evaluation.measures import metric_name
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     judge = open_extractor(extractor, place)
     painter, held_out = open_painter(opened, loading, settings, chosen, source, count, labels, place)
     erased = erases(chosen, whole=False) if erase is None else erase

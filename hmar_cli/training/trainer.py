@@ -33,6 +33,7 @@ from hmar_cli.console import console, progress
 from hmar_cli.data.ahead import prefetch
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_file
+from hmar_cli.launch import choose_device
 from hmar_cli.recipe import to_toml
 from hmar_cli.settings import Recipe
 from hmar_cli.training.ema import Ema
@@ -216,8 +217,8 @@ class Trainer:
             cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[parallel, patience]
         )
         self.recipe, self.objective = recipe, objective
-        self.device = choose_device(device, self.accelerator)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = choose_device(device) if self.world == 1 else torch.device(self.accelerator.device)
         self.bf16 = recipe.train.precision == "bf16" or (
             recipe.train.precision == "auto" and self.device.type == "cuda"
         )
@@ -551,19 +552,6 @@ class Clock:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
-
-
-def choose_device(device: str, accelerator: Accelerator) -> torch.device:
-    """The device of this process.
-
-    Raises:
-        UserError: a GPU was asked for and there is none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to PyTorch", "leave --device out, or give cpu")
-    if accelerator.num_processes > 1:
-        return torch.device(accelerator.device)
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def make_plan(
