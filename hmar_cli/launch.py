@@ -147,6 +147,13 @@ def join_processes(device: str = "") -> Place:
     return Place(place, state.process_index, state.num_processes)
 
 
+def wait_for_processes() -> None:
+    """Wait until all processes that `join_processes` connected have come here; alone, just return."""
+    from accelerate import PartialState
+
+    PartialState().wait_for_everyone()
+
+
 def leave_processes() -> None:
     """Part from the other processes, where there are any; nothing can be exchanged with them any more."""
     import torch

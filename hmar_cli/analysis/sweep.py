@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from hmar_cli.evaluation.measures import HIGHER_IS_BETTER, metric_name
 from hmar_cli.evaluation.observing import Observations, gather, observe
 from hmar_cli.evaluation.reports import measure_all
 from hmar_cli.files import read_json, write_json
-from hmar_cli.launch import join_processes
+from hmar_cli.launch import join_processes, wait_for_processes
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Side
 from hmar_cli.report import save_png, to_uint8
@@ -195,7 +194,7 @@ def sweep(
         about = record(trial, judge, place, shown)
         kept = Kept.of(out / "trials", about)
         there = kept.path.exists()
-        PartialState().wait_for_everyone()  # all have seen whether it is there before it may come
+        wait_for_processes()  # all have seen whether it is there before it may come
         if not there:
             if painter is None or painter.candidate is not trial.candidate:
                 painter = None  # its memory is free before the next model is loaded
@@ -204,7 +203,7 @@ def sweep(
             cells, tiles = measure_trial(painter, trial, judge, shown, title, (rank, world))
             if rank == 0:
                 kept.save(cells, tiles)
-            PartialState().wait_for_everyone()
+            wait_for_processes()
         outcomes.append(Outcome(trial, *kept.read(), about))
     return outcomes
 

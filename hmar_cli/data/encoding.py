@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from hmar_cli.data.batches import cache_batches
 from hmar_cli.data.cache import Cache, CacheSettings, Manifest
 from hmar_cli.data.encoders import Tokenizer, image_encoder, measure_latent_scale, view_shapes
 from hmar_cli.data.images import Example, ImageSource
+from hmar_cli.data.sharing import gather
 from hmar_cli.data.transforms import height_width
 from hmar_cli.data.verify import verify_sample
 from hmar_cli.data.writer import CacheWriter, EncodeText
 from hmar_cli.errors import UserError
 from hmar_cli.files import read_json
+from hmar_cli.launch import Place, join_processes, leave_processes, wait_for_processes
 from hmar_cli.settings import Data
 from hmar_cli.tokenizers.kl import KlAutoencoder
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
@@ -182,31 +183,25 @@ def encode_source(work: Work) -> dict[str, Any] | None:
         What was done, in the first process; None in the others.
 
     Raises:
-        UserError: another cache in `out`, an unusable image when strict, or a verification that fails.
+        UserError: no such device, another cache in `out`, an unusable image when strict, a verification that fails.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
     out, options = work.out, work.options
-    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
-    # the last process may be at work long after the first is done
-    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
-    writer = _writer(work, state)
+    place = join_processes(options.device)
+    writer = _writer(work, place)
     if options.dry_run:
-        return _plan(writer, work.tokenizer, state) if state.is_main_process else None
-    state.wait_for_everyone()  # all have seen what the folder held before it changes
-    writer = _with_latent_scale(work, writer, state)
-    writer.encode_text = work.text(state.device) if work.text else None
-    if state.is_main_process:
+        return _plan(writer, work.tokenizer, place) if place.rank == 0 else None
+    wait_for_processes()  # all have seen what the folder held before it changes
+    writer = _with_latent_scale(work, writer, place)
+    writer.encode_text = work.text(place.device) if work.text else None
+    if place.rank == 0:
         writer.begin()
         if not (out / "tokenizer").is_dir():
             work.carry(out / "tokenizer", writer.settings.latent_scale)
-    state.wait_for_everyone()
+    wait_for_processes()
     started = time.perf_counter()
-    fresh = sum(gather_object([_run(writer, state)]))  # waits for all
-    if state.num_processes > 1:
-        state.destroy_process_group()
-    if not state.is_main_process:
+    fresh = sum(gather(_run(writer, place)))  # waits for all
+    leave_processes()
+    if place.rank > 0:
         return None
     seconds = time.perf_counter() - started
     manifest = writer.finish()
@@ -218,7 +213,7 @@ def encode_source(work: Work) -> dict[str, Any] | None:
     return summary | ({"verified": _verify(writer)} if options.verify else {})
 
 
-def _writer(work: Work, state: Any) -> CacheWriter:
+def _writer(work: Work, place: Place) -> CacheWriter:
     """The writer of a cache; the latent scale is that of the cache in `out` where it is not known."""
     settings, options = work.settings, work.options
     if settings.kind == "moments" and settings.latent_scale is None:
@@ -229,7 +224,7 @@ def _writer(work: Work, state: Any) -> CacheWriter:
         work.out,
         work.source,
         settings,
-        image_encoder(work.tokenizer, settings, state.device),
+        image_encoder(work.tokenizer, settings, place.device),
         batch_size=options.batch_size or min(max(64 * 256**2 // (height * width), 1), 512),
         workers=work.workers,
         strict=options.strict,
@@ -237,20 +232,17 @@ def _writer(work: Work, state: Any) -> CacheWriter:
     )
 
 
-def _with_latent_scale(work: Work, writer: CacheWriter, state: Any) -> CacheWriter:
+def _with_latent_scale(work: Work, writer: CacheWriter, place: Place) -> CacheWriter:
     """The writer, with a latent scale that the first process measures where it is not known yet."""
-    from accelerate.utils import broadcast_object_list
-
     settings = writer.settings
     if settings.latent_scale is not None or not isinstance(work.tokenizer, KlAutoencoder):
         return writer
-    measured = [0.0]
-    if state.is_main_process:
-        measured = [measure_latent_scale(work.tokenizer, work.source, settings, writer.batch_size)]
-        console.print(f"measured the latent scale: {measured[0]:g}", highlight=False)
-    broadcast_object_list(measured)
-    work = replace(work, settings=replace(settings, latent_scale=measured[0]))
-    return _writer(work, state)
+    measured = None
+    if place.rank == 0:
+        measured = measure_latent_scale(work.tokenizer, work.source, settings, writer.batch_size)
+        console.print(f"measured the latent scale: {measured:g}", highlight=False)
+    work = replace(work, settings=replace(settings, latent_scale=gather(measured)[0]))
+    return _writer(work, place)
 
 
 class _Reporter:
@@ -268,10 +260,10 @@ class _Reporter:
             console.print("skipped more images; manifest.json lists them all")
 
 
-def _run(writer: CacheWriter, state: Any) -> int:
+def _run(writer: CacheWriter, place: Place) -> int:
     """Make this process's shards; the first process shows its share as a bar. Returns the images encoded."""
-    rank, world = state.process_index, state.num_processes
-    if not state.is_main_process:
+    rank, world = place.share
+    if rank > 0:
         return writer.run(rank, world)
     title = "tokenizing" if world == 1 else f"tokenizing (one of {world} processes)"
     done = writer.done(rank, world)
@@ -301,7 +293,7 @@ def _description(settings: CacheSettings, tokenizer: Tokenizer) -> dict[str, Any
     return about
 
 
-def _plan(writer: CacheWriter, tokenizer: Tokenizer, state: Any) -> dict[str, Any]:
+def _plan(writer: CacheWriter, tokenizer: Tokenizer, place: Place) -> dict[str, Any]:
     """What would be done."""
     settings = writer.settings
     size = None
@@ -317,8 +309,8 @@ def _plan(writer: CacheWriter, tokenizer: Tokenizer, state: Any) -> dict[str, An
         "transform": settings.transform,
         "bytes": size,
         "batch_size": writer.batch_size,
-        "device": str(state.device),
-        "processes": state.num_processes,
+        "device": str(place.device),
+        "processes": place.world,
     }
 
 

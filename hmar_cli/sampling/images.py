@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from hmar_cli.console import console, progress
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_file, write_json
+from hmar_cli.launch import Place, join_processes, wait_for_processes
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.report import image_grid, save_png, to_uint8
@@ -230,41 +230,36 @@ def draw_images(
         images that were there already, in the first process; None in the others.
 
     Raises:
-        UserError: the folder holds other images, or the model gave numbers that are not finite.
+        UserError: no such device, the folder holds other images, or the model gave numbers that are not finite.
     """
-    from accelerate import PartialState
-
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    # the last process may be at work long after the first is done
-    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
-    place = torch.device(device) if device and state.num_processes == 1 else state.device
-    record = {**about, "precision": resolve_precision(place, job.precision)}
+    place = join_processes(device)
+    record = {**about, "precision": resolve_precision(place.device, job.precision)}
     _require_same_job(out, record)
     there = sum(_complete(out, i, keep) for i in range(job.count))
-    state.wait_for_everyone()  # all have seen what the folder held before it changes
-    if state.is_main_process:
+    wait_for_processes()  # all have seen what the folder held before it changes
+    if place.rank == 0:
         for leftover in out.glob(".*.png.*.tmp"):  # of a killed run
             leftover.unlink()
-        write_json(out / "sample.json", {**record, "made_with": _made_with(place, state, job)})
-    state.wait_for_everyone()
-    model, tokenizer = model.to(place), tokenizer.to(place)
+        write_json(out / "sample.json", {**record, "made_with": _made_with(place, job)})
+    wait_for_processes()
+    model, tokenizer = model.to(place.device), tokenizer.to(place.device)
     if isinstance(model, NextScaleTransformer):
         line = select_attention(model, job, record["precision"])
-        if state.is_main_process:
+        if place.rank == 0:
             console.print(line, highlight=False)
     start = time.perf_counter()
-    times = _draw_share(model, tokenizer, job, out, place, state, keep)
-    state.wait_for_everyone()
+    times = _draw_share(model, tokenizer, job, out, place, keep)
+    wait_for_processes()
     seconds = time.perf_counter() - start
-    if not state.is_main_process:
+    if place.rank > 0:
         return None
     _finish(out, job, keep)
     return {
         "precision": record["precision"],
-        "device": str(place),
+        "device": str(place.device),
         "seconds": round(seconds, 3),
         "images_per_second": round((job.count - there) / seconds, 2),
-        "steady_images_per_second": _steady(times, job.batch_size, state.num_processes),
+        "steady_images_per_second": _steady(times, job.batch_size, place.world),
         "already_there": there,
     }
 
@@ -274,27 +269,26 @@ def _draw_share(
     tokenizer: MultiScaleVQ | KlAutoencoder,
     job: Job,
     out: Path,
-    place: torch.device,
-    state: Any,
+    place: Place,
     keep: Keep,
 ) -> list[float]:
-    """Draw what is missing of this process's images, every `num_processes`-th; the first process shows a bar.
+    """Draw what is missing of this process's images, every `world`-th; the first process shows a bar.
 
     Returns:
         Seconds that each full batch took.
     """
-    world = state.num_processes
-    share = range(state.process_index, job.count, world)
+    device, rank, world = place
+    share = range(rank, job.count, world)
     missing = [i for i in share if not _complete(out, i, keep)]
     title = "sampling" if world == 1 else f"sampling (one of {world} processes)"
     with contextlib.ExitStack() as stack:
         bar = None
-        if state.is_main_process:
+        if rank == 0:
             bar = stack.enter_context(progress(title, len(share), completed=len(share) - len(missing)))
         times = []
         for first in range(0, len(missing), job.batch_size):
             batch, start = missing[first : first + job.batch_size], time.perf_counter()
-            images, pivots = generate(model, tokenizer, job, batch, place)
+            images, pivots = generate(model, tokenizer, job, batch, device)
             if keep.pivots and pivots is not None:
                 _save(pivots, [pivot_path(out, i) for i in batch])
             _save(images, [image_path(out, i) for i in batch])
@@ -362,11 +356,12 @@ def _require_same_job(out: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{out} holds images of an unknown origin", "choose another --out")
 
 
-def _made_with(place: torch.device, state: Any, job: Job) -> dict[str, Any]:
+def _made_with(place: Place, job: Job) -> dict[str, Any]:
     """What images should not depend on, for the record."""
+    device = place.device
     return {
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
-        "processes": state.num_processes,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processes": place.world,
         "batch_size": job.batch_size,
         "torch": str(torch.__version__),
     }
