@@ -379,15 +379,11 @@ class Order:
             UserError: weights or tokenizer are not there, or do not fit.
         """
         from hmar_cli.builders import load_model
-        from hmar_cli.files import file_sha256
 
         which = self.loading.weights
         model, codec, checkpoint = load_model(self.checkpoint.folder, which, self.loading.tokenizer)
-        weights = checkpoint.weights_file(which)
         about = {
-            "checkpoint": str(checkpoint.folder),
-            "weights": weights.stem,
-            "weights_sha256": file_sha256(weights),
+            **checkpoint.describe(which),
             "tokenizer_hash": checkpoint.tokenizer_hash or codec.fingerprint(),
             **({} if self.prompts else {"class_names": list(self.class_names)}),
         }

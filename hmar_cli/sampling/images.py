@@ -338,7 +338,8 @@ def _require_same_job(out: Path, record: dict[str, Any]) -> None:
     Raises:
         UserError: the folder holds other images.
     """
-    path, free = out / "sample.json", ("made_with", "count")
+    path = out / "sample.json"
+    free = ("made_with", "count", "recipe", "step")  # the hash of the weights stands for the last two
     if path.exists():
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
