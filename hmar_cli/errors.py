@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and others in one line."""
 
 import errno
 from collections.abc import Sequence
@@ -17,6 +17,11 @@ class UserError(Exception):
         super().__init__(message)
         self.hint = hint
         self.details = tuple(details)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says; its kind, where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def from_os_error(error: OSError) -> UserError:

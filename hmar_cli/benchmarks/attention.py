@@ -16,6 +16,7 @@ from torch import Tensor
 from hmar_cli.benchmarks.cases import Case
 from hmar_cli.benchmarks.correctness import DTYPES, Finding, Judge, attend, draw_inputs
 from hmar_cli.benchmarks.timing import Timing, peak_memory, time_calls
+from hmar_cli.errors import first_line
 
 BASELINE = "masked"
 """What speeds are compared with: one call with a dense mask, as in HMAR's Fig. 11."""
@@ -127,20 +128,20 @@ def measure(
             try:
                 judge = judge or Judge(case, device, seed, "backward" in directions)
                 _check_and_time(row, judge, device, directions, seconds, seed)
-            except torch.OutOfMemoryError as error:
-                row.status, row.detail = "out of memory", first_line(error)
             except Exception as error:  # whatever one of them does, the others are measured
-                row.status, row.detail = "failed", f"{type(error).__name__}: {first_line(error)}"
+                row.status, row.detail = failure(error)
             _tidy(device)
             yield row
         del judge
         _tidy(device)
 
 
-def first_line(error: Exception) -> str:
-    """The beginning of a message."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
+def failure(error: Exception) -> tuple[str, str]:
+    """Status and detail of a row that could not be measured."""
+    line = first_line(error)[:200]
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory", line
+    return "failed", f"{type(error).__name__}: {line}"
 
 
 def _tidy(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from hmar_kernels import unavailable
 
-from hmar_cli.benchmarks.attention import first_line, say
+from hmar_cli.benchmarks.attention import failure, say
 from hmar_cli.benchmarks.cases import RESOLUTIONS, Case
 from hmar_cli.benchmarks.correctness import DTYPES, Judge, attend
 from hmar_cli.benchmarks.timing import time_calls
@@ -90,10 +90,8 @@ def measure_steps(
         }
         try:
             row |= _measure_one(_prepared(recipe, name, images, compiles, seed), name, device, seconds, seed)
-        except torch.OutOfMemoryError as error:
-            row |= {"status": "out of memory", "detail": first_line(error)}
         except Exception as error:  # whatever one of them does, the others are measured
-            row |= {"status": "failed", "detail": f"{type(error).__name__}: {first_line(error)}"}
+            row["status"], row["detail"] = failure(error)
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hmar_cli.errors import UserError
+from hmar_cli.errors import UserError, first_line
 from hmar_cli.settings import MaskedObjective, Msvq, NextScale, NextScaleObjective
 
 State = dict[str, Tensor]
@@ -172,7 +172,7 @@ def _load(path: Path) -> object:
         ) from error
     except BROKEN as error:
         raise UserError(
-            f"{path} is no readable checkpoint: {str(error).strip() or type(error).__name__}",
+            f"{path} is no readable checkpoint: {first_line(error)}",
             "download the file again",
         ) from error
 

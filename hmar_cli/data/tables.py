@@ -15,7 +15,7 @@ from PIL import Image
 
 from hmar_cli.data.images import UNLABELLED, Example, ImageSource, decode_image, unusable
 from hmar_cli.data.spelling import check_options, flag
-from hmar_cli.errors import UserError
+from hmar_cli.errors import UserError, first_line
 
 OPTIONS = ("split", "image", "label", "caption", "config", "streaming", "classes")
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
@@ -162,10 +162,9 @@ def _load(spec: str, location: str, options: Mapping[str, str], streaming: bool)
     except UserError:
         raise
     except Exception as error:  # `datasets` raises many kinds; its first line says what is wrong
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         hint = "check the name, and the options after '?': split=…, config=…"
-        raise UserError(f"cannot open {spec}: {line}{cause}", hint) from error
+        raise UserError(f"cannot open {spec}: {first_line(error)}{cause}", hint) from error
 
 
 def _arguments(spec: str, location: str, options: Mapping[str, str]) -> dict[str, Any]:

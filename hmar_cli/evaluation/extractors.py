@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hmar_cli.data.spelling import split_options
 from hmar_cli.data.transforms import height_width
-from hmar_cli.errors import UserError
+from hmar_cli.errors import UserError, first_line
 from hmar_cli.files import file_sha256
 from hmar_cli.models.scales import Side
 from hmar_cli.tokenizers.blocks import hash_weights
@@ -185,8 +185,9 @@ def _open_torchscript(text: str, device: torch.device) -> Extractor:
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch means to leave TorchScript behind
             network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError, EOFError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"cannot read {path} as TorchScript: {line}", "torch.jit.save writes one") from error
+        raise UserError(
+            f"cannot read {path} as TorchScript: {first_line(error)}", "torch.jit.save writes one"
+        ) from error
     given = {key: _value(value) for key, value in options.items()}
     return Extractor(
         name=f"torchscript:{path.name}" + "".join(f"?{key}={value}" for key, value in options.items()),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmar_cli.errors import UserError
+from hmar_cli.errors import UserError, first_line
 from hmar_cli.evaluation.extractors import Extractor, Features
 from hmar_cli.files import fetch, file_sha256
 
@@ -44,8 +44,7 @@ def open_inception(device: torch.device, weights: Path | None = None) -> Extract
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
     except RuntimeError as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{path} holds other weights: {line}", _where_from()) from error
+        raise UserError(f"{path} holds other weights: {first_line(error)}", _where_from()) from error
     digest = file_sha256(path)
     standard = digest.startswith(PUBLISHED)
     return Extractor(
@@ -105,7 +104,6 @@ def _require_tensors(path: Path) -> None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"cannot read {path} as weights: {line}", _where_from()) from error
+        raise UserError(f"cannot read {path} as weights: {first_line(error)}", _where_from()) from error
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"{path} holds no weights by their names", _where_from())

@@ -210,12 +210,16 @@ def download(tag: Mapping[str, Any], name: str) -> Path:
     try:
         return Path(open_clip.download_pretrained(tag))
     except (OSError, RuntimeError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConnectionError(
-            f"the weights of {name} cannot be downloaded{' from ' * bool(place)}{place}: {line}"
+            f"the weights of {name} cannot be downloaded{' from ' * bool(place)}{place}: {_first_line(error)}"
         ) from error
     finally:
         log.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of what an exception says; its kind, where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _build_tower(config: Mapping[str, Any], quick_gelu: bool) -> nn.Module:
@@ -262,8 +266,7 @@ def read_state(path: Path, skip: str = "visual.") -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
-        line = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"expected tensors alone in {path}: {line[0]}") from error
+        raise ValueError(f"expected tensors alone in {path}: {_first_line(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise ValueError(f"expected a state dict in {path}, got {type(state).__name__}")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from hmar_cli.console import console
-from hmar_cli.errors import UserError
+from hmar_cli.errors import UserError, first_line
 
 LIMIT = 1 << 26
 """Most pixels of a picture, a mask or a canvas: 8192 x 8192."""
@@ -144,9 +144,8 @@ def read_image(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"{path}: {error}", f"at most {LIMIT} pixels can be edited") from error
     except Exception as error:  # codecs raise what they like about broken data
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{path}: not a readable picture ({reason})", "give a PNG, JPEG or WebP file"
+            f"{path}: not a readable picture ({first_line(error)})", "give a PNG, JPEG or WebP file"
         ) from error
     if deep and image.mode in ("RGB", "RGBA", "LA"):
         console.print(f"warning: {path}: of its 16 bits a colour 8 are read", highlight=False)
