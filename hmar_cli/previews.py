@@ -38,8 +38,7 @@ def reconstruction_preview(recipe: Recipe, source: ImageSource) -> Preview:
         assert isinstance(model, MultiScaleVQ | KlAutoencoder)
         cut = image_transform(recipe.data.size, recipe.data.crop, train=False)
         examples = source.read(0, min(IMAGES, len(source)))
-        rng = np.random.default_rng(0)
-        pixels = [cut(example.image, rng) for example in examples if example.image is not None]
+        pixels = [cut(example.image) for example in examples if example.image is not None]
         device = next(model.parameters()).device
         images = to_tensor(np.stack(pixels)).to(device)
         again = model.reconstruct(images)

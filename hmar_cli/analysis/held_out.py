@@ -228,7 +228,7 @@ def _cut(
     source: ImageSource, size: tuple[int, int], count: int, broken: list[Example]
 ) -> Iterator[tuple[Pixels, int]]:
     """Yield centre-cropped images [H, W, 3] with their labels; put what cannot be used into `broken`."""
-    cut, rng = image_transform(list(size), "adm", train=False), np.random.default_rng(0)  # cuts the middle
+    cut = image_transform(list(size), "adm", train=False)
     if source.random_access:
         chosen = spread(len(source), count)
         reads, total = source.pick(chosen), len(chosen)
@@ -240,7 +240,7 @@ def _cut(
             if example.image is None:
                 broken.append(example)
             else:
-                yield cut(example.image, rng), example.label
+                yield cut(example.image), example.label
             bar.advance()
 
 

@@ -170,11 +170,10 @@ def draw(rows: "Sequence[Row]") -> "Figure":
 
 def squares(pictures: "Mapping[str, Sequence[Pixels]]") -> "dict[str, list[Pixels]]":
     """Images of any sizes as squares of one side, at most `TILE` pixels, scaled and cut around the middle."""
-    import numpy as np
     from PIL import Image
 
     from hmar_cli.data.transforms import image_transform
 
     side = min(TILE, max(max(each.shape[:2]) for images in pictures.values() for each in images))
-    cut, rng = image_transform(side, "adm", train=False), np.random.default_rng(0)  # which cuts the middle
-    return {label: [cut(Image.fromarray(each), rng) for each in images] for label, images in pictures.items()}
+    cut = image_transform(side, "adm", train=False)
+    return {label: [cut(Image.fromarray(each)) for each in images] for label, images in pictures.items()}

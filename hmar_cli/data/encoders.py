@@ -124,7 +124,7 @@ def measure_latent_scale(
     device, rng = next(tokenizer.parameters()).device, np.random.default_rng(0)
     count, total, squares = 0, 0.0, 0.0
     for batch in _groups(_spread(source, settings.length, limit), batch_size):
-        pixels = np.stack([cut(image, rng) for image in batch])
+        pixels = np.stack([cut(image) for image in batch])
         with torch.inference_mode():
             moments = tokenizer.moments(_images(pixels, device)).cpu()
         noise = torch.from_numpy(

@@ -91,8 +91,8 @@ class FramedImages:
 
     def _cut(self) -> Callable[[Example], Pixels]:
         if self.size is not None:
-            transform, rng = image_transform(self.size, self.crop, train=False), np.random.default_rng(0)
-            return lambda example: transform(example.image, rng)  # type: ignore[arg-type]
+            transform = image_transform(self.size, self.crop, train=False)
+            return lambda example: transform(example.image)  # type: ignore[arg-type]
 
         def native(example: Example) -> Pixels:
             assert example.image is not None

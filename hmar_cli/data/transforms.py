@@ -44,10 +44,17 @@ class ImageTransform:
     crop: Crop
     train: bool
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
-        """Return a (H, W, 3) image; `rng` chooses the window where it is random."""
-        place = rng.random(2) if self.random else (0.5, 0.5)
-        return self.window(self.resized(image), float(place[0]), float(place[1]))
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Pixels:
+        """Return a (H, W, 3) image; `rng` chooses the window where it is random.
+
+        Raises:
+            ValueError: a random window, and nothing to choose it.
+        """
+        if not self.random:
+            return middle(self.resized(image), self.size)
+        if rng is None:
+            raise ValueError("expected a generator of random numbers for a random window, got None")
+        return self.window(self.resized(image), *map(float, rng.random(2)))
 
     @property
     def random(self) -> bool:

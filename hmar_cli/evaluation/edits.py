@@ -68,7 +68,7 @@ def read_held_out(source: ImageSource, size: Side, count: int) -> HeldOut:
     Raises:
         UserError: fewer than two that can be read.
     """
-    cut, rng = image_transform(size, "adm", train=False), np.random.default_rng(0)  # which cuts the middle
+    cut = image_transform(size, "adm", train=False)
     examples = list(source.read(0, count))
     good = [(each, each.image) for each in examples if each.image is not None]
     bad = [each.fault for each in examples if each.image is None]
@@ -79,7 +79,7 @@ def read_held_out(source: ImageSource, size: Side, count: int) -> HeldOut:
         )
     return HeldOut(
         source=source.name,
-        pixels=np.stack([cut(image, rng) for _, image in good]),
+        pixels=np.stack([cut(image) for _, image in good]),
         labels=tuple(each.label for each, _ in good),
         class_names=source.class_names,
         captions=tuple(each.caption for each, _ in good),
@@ -231,7 +231,7 @@ class _Judge:
     """An extractor's look at pictures, with the originals' features at hand."""
 
     def __init__(self, extractor: Extractor, held_out: HeldOut, batch_size: int) -> None:
-        self.extractor, self.rng = extractor, np.random.default_rng(0)  # for a cut around the middle
+        self.extractor = extractor
         size = extractor.size or held_out.pixels.shape[1:3]
         self.cut = image_transform(size, "adm", train=False)
         named = class_places(held_out.class_names, extractor.class_names)
@@ -248,7 +248,7 @@ class _Judge:
     def look(self, numbers: Sequence[int], pictures: Pixels) -> tuple[torch.Tensor, int]:
         """Features [B, F], and how many pictures are assigned to their class."""
         if pictures.shape[1:3] != self.cut.size:
-            pictures = np.stack([self.cut(Image.fromarray(each), self.rng) for each in pictures])
+            pictures = np.stack([self.cut(Image.fromarray(each)) for each in pictures])
         features, _, logits = self.extractor(as_tensor(list(pictures)))
         right = 0
         if logits is not None and self.labelled:

@@ -252,7 +252,6 @@ class _Observer:
         self, extractor: Extractor, metrics: Sequence[str], cut: ImageTransform | None, shown: int
     ) -> None:
         self.extractor, self.metrics, self.cut = extractor, metrics, cut
-        self.rng = np.random.default_rng(0)  # for a transform that leaves nothing to chance
         self.found = Observations(source="", extractor=extractor.describe(), standard=extractor.standard)
         self.found.showing = shown
         self.found.crop = "none" if cut is None else cut.crop
@@ -275,7 +274,7 @@ class _Observer:
 
     def prepare(self, index: int, label: int, image: Image.Image) -> _Prepared:
         """Cut an image to size and take its digest; called in any thread."""
-        pixels = np.asarray(image) if self.cut is None else self.cut(image, self.rng)
+        pixels = np.asarray(image) if self.cut is None else self.cut(image)
         smaller = image.height < pixels.shape[0] or image.width < pixels.shape[1]
         return _Prepared(index, label, pixels, image_digest(pixels), enlarged=smaller)
 

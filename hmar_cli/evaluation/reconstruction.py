@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -264,10 +263,10 @@ def _scaled(pixels: Tensor, size: Side | None) -> Tensor:
     """Images [B, 3, H, W] uint8 at the size that an extractor needs, scaled and centre-cropped as ADM does."""
     if size is None:
         return pixels
-    cut, rng = image_transform(size, "adm", train=False), np.random.default_rng(0)  # which cuts the middle
+    cut = image_transform(size, "adm", train=False)
     if tuple(pixels.shape[2:]) == cut.size:
         return pixels
-    return as_tensor([cut(Image.fromarray(_pixels(each)), rng) for each in pixels]).to(pixels.device)
+    return as_tensor([cut(Image.fromarray(_pixels(each))) for each in pixels]).to(pixels.device)
 
 
 def _pixels(image: Tensor) -> Pixels:

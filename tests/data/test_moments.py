@@ -74,12 +74,9 @@ def tokenizer(folder: Path) -> Path:
 
 def pictures(count: int) -> np.ndarray:
     """The central crops that are encoded, (count, 16, 16, 3)."""
-    source, cut = (
-        open_source(f"builtin:shapes?count={count}", size=16),
-        image_transform(16, "adm", train=False),
-    )
-    rng = np.random.default_rng(0)
-    return np.stack([cut(source[i].image, rng) for i in range(count)])  # type: ignore[arg-type]
+    source = open_source(f"builtin:shapes?count={count}", size=16)
+    cut = image_transform(16, "adm", train=False)
+    return np.stack([cut(source[i].image) for i in range(count)])  # type: ignore[arg-type]
 
 
 def latent_scale_of(path: Path) -> float:

@@ -43,7 +43,7 @@ def test_any_size_is_covered(shape: tuple[int, int], crop: str, size: list[int])
 def test_adm_non_square_keeps_the_middle() -> None:
     image = Image.new("RGB", (40, 40), "black")
     image.paste("white", (0, 15, 40, 25))  # a band in the middle rows
-    cut = image_transform([10, 40], "adm", train=False)(image, RNG)
+    cut = image_transform([10, 40], "adm", train=False)(image)
     assert cut.min() == 255
 
 
@@ -66,7 +66,7 @@ def test_var_is_torchvisions_resize_and_crop(shape: tuple[int, int]) -> None:
     drawn = {cut(image, rng).tobytes() for _ in range(400)}
     assert drawn <= windows
     assert len(drawn) > 0.5 * len(windows)
-    fixed = image_transform(16, "var", train=False)(image, rng)
+    fixed = image_transform(16, "var", train=False)(image)
     top, left = (resized.height - 16) // 2, (resized.width - 16) // 2
     np.testing.assert_array_equal(fixed, np.asarray(resized)[top : top + 16, left : left + 16])
 
@@ -95,6 +95,8 @@ def test_wrong_arguments() -> None:
         image_transform(16, "center", train=False)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="positive"):
         image_transform([0, 4], "adm", train=False)
+    with pytest.raises(ValueError, match="random window"):
+        image_transform(16, "var", train=True)(noise(20, 20))
 
 
 def test_shrink_means_whole_blocks() -> None:
