@@ -42,7 +42,7 @@ class GraphedStep:
         """Add the gradients of a batch to those of the parameters.
 
         Args:
-            batch: tensors on the device, of the same shapes for equal `shape`.
+            batch: tensors on the device or in pinned memory, of the same shapes for equal `shape`.
             shape: what `losses` is told.
 
         Returns:
@@ -65,7 +65,8 @@ class GraphedStep:
         """Run once, so that all is compiled and loaded, then record; gradients and seeds stay as they were."""
         held = [parameter.grad.clone() for parameter in self.parameters if parameter.grad is not None]
         state = torch.cuda.get_rng_state()
-        batch = {name: tensor.clone() for name, tensor in batch.items()}
+        device = self.parameters[0].device
+        batch = {name: tensor.to(device, non_blocking=True, copy=True) for name, tensor in batch.items()}
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -298,10 +298,8 @@ class Trainer:
         if self.graphed is not None:
             shapes, numbers = self.objective.draw_shapes(progress)
             scalars = {name: torch.tensor(number).pin_memory() for name, number in numbers.items()}
-            batch = batch | scalars
+            return self.graphed(batch | scalars, shapes)
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        if self.graphed is not None:
-            return self.graphed(batch, shapes)
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
             with self.autocast():
                 loss, metrics = self.wrapped(batch, progress)
