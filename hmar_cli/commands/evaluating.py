@@ -27,6 +27,9 @@ SHOWN = 64
 
 LARGE = 256
 
+FEW = 10
+"""Images in a part of the Inception Score below which it says little."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -164,11 +167,12 @@ def conclude(
     place: Place,
 ) -> Report:
     """Measure, write statistics and grid, and make the report; warnings go to standard error."""
-    for line in (line for each in (found, real) if each is not None for line in warnings(each, plan.metrics)):
+    compared = [metric for metric in plan.metrics if needs_reference([metric])]
+    for line in [*warnings(found, plan.metrics), *(warnings(real, compared) if real else ())]:
         warn(line)
     if not found.count:
         raise UserError(f"{found.source} has no images that can be read", found.error or "give more images")
-    metrics = plan.metrics if real is not None else tuple(m for m in plan.metrics if not needs_reference([m]))
+    metrics = plan.metrics if real else tuple(metric for metric in plan.metrics if metric not in compared)
     protocol = Protocol()
     numbers = measure_all(found, real, metrics, protocol)
     if plan.make_stats:
@@ -218,6 +222,12 @@ def warnings(found: Observations, metrics: Sequence[str]) -> list[str]:
     if "fid" in metrics and 0 < found.count <= width:  # 0 where a file does not say
         lines.append(
             f"FID by {found.count} images of {found.source} says little: their covariance has {width} rows"
+        )
+    parts = Protocol().is_splits
+    if "is" in metrics and parts <= found.count < FEW * parts:
+        lines.append(
+            f"IS by {found.count} images of {found.source} says little: none of its {parts} parts can score above "
+            f"the number of images in it, about {found.count // parts}"
         )
     return lines
 

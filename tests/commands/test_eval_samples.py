@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_runs import MSVQ
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
@@ -54,17 +55,10 @@ log_every = 1
 """
 REFERENCE = "builtin:shapes?count=20&seed=1"
 EVERY = "fid,is,kid,precision,recall"
-TOKENIZER = """
+TOKENIZER = f"""
 [data]
 size = 8
-[tokenizer]
-channels = 32
-multipliers = [1, 1]
-res_blocks = 1
-z_channels = 8
-vocab_size = 32
-scales = [1, 2, 4]
-phi_count = 2
+{MSVQ}
 [model]
 depth = 1
 width = 32
@@ -237,7 +231,7 @@ def test_accuracy_is_that_of_the_classifier(run: Path, samples: Path) -> None:
     cut = image_transform(8, "adm", train=False)
     right = 0
     for example in source.read(0, 12):
-        pixels = torch.from_numpy(cut(example.image, None).copy())[None]  # type: ignore[arg-type]
+        pixels = torch.from_numpy(cut(example.image).copy())[None]  # type: ignore[arg-type]
         right += network(to_tensor(pixels)).argmax().item() == example.label
     for found in (
         measured(run, samples),
@@ -299,6 +293,15 @@ def test_few_images_for_the_features_are_warned_of(run: Path, samples: Path) -> 
     assert "FID by 20" not in few
     assert "says little" not in measure(run, samples, "--metrics", "precision,recall").stderr
     assert "says little" not in measure(run, "builtin:shapes?count=17").stderr
+
+
+def test_few_images_for_the_inception_score_are_warned_of(run: Path, samples: Path) -> None:
+    """Of the 12 drawings none of 10 parts has more than two; a part of one image scores 1, whatever it shows."""
+    few = measure(run, samples, "--metrics", "is").stderr
+    assert few.count("says little") == 1  # the 20 images of the reference have no score
+    assert f"warning: IS by 12 images of {samples} says little: none of its 10 parts can score above" in few
+    assert "says little" in measure(run, "builtin:shapes?count=99", "--metrics", "is").stderr
+    assert "says little" not in measure(run, "builtin:shapes?count=100", "--metrics", "is").stderr
 
 
 def test_statistics_stand_for_the_images_they_were_made_of(run: Path, samples: Path, tmp_path: Path) -> None:
