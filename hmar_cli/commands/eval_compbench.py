@@ -8,11 +8,12 @@ import typer
 
 from hmar_cli.commands import drawing
 from hmar_cli.commands.eval_prompts import ClipWeights
-from hmar_cli.commands.flags import given, with_flags, words
+from hmar_cli.commands.flags import given, require_places, with_flags, words
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
     from hmar_cli.commands.drawing import Order
+    from hmar_cli.commands.subjects import Subject
     from hmar_cli.evaluation.compbench import Category
     from hmar_cli.evaluation.prompts import ClipJudge, PromptScores
     from hmar_cli.evaluation.reports import Measured, Report
@@ -44,8 +45,11 @@ A run that was interrupted goes on where it stopped.
 NONE = "none"
 """`--clip` of no CLIP."""
 
-DRAWN = "drawn"
-"""Folder of the images as they are drawn."""
+DRAWN, REPORT = "drawn", "report.json"
+"""Folder of the images as they are drawn, and the report beside it."""
+
+SHOWN = 8
+"""Images of a category that a grid shows, each of another prompt."""
 
 
 def register(app: typer.Typer) -> None:
@@ -67,6 +71,9 @@ def compbench(
     limit: Annotated[int, typer.Option(min=0, help="Of each category's first prompts; 0 is all.")] = 0,
     clip: Annotated[str, typer.Option(help="Model of open_clip: TOWER/TAG, or none.")] = "ViT-B-32/openai",
     clip_weights: ClipWeights = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG of a row of images a category. [default: beside the report]")
+    ] = None,
     batch_size: drawing.BatchSize = 0,
     device: drawing.Device = "",
     launch: drawing.Launch = 0,
@@ -79,6 +86,7 @@ def compbench(
     from hmar_cli.launch import check_device, delegate
 
     check_device(device)
+    picture = require_places(out / REPORT, grid)
     if open_checkpoint(checkpoint).recipe.text is None:
         raise UserError(f"{checkpoint} reads no prompts", "give the checkpoint of a text model")
     groups = read_categories(prompts, words(categories), limit)
@@ -95,13 +103,13 @@ def compbench(
         print(json.dumps(planned(order, groups, per_prompt, out), indent=2, ensure_ascii=False))
         return
     delegate(launch, device)
-    report = draw_and_measure(order, groups, per_prompt, out, clip, clip_weights, device)
+    report = draw_and_measure(order, groups, per_prompt, out, picture, clip, clip_weights, device)
     if report is not None:
         from hmar_cli.console import console
         from hmar_cli.evaluation.reports import publish
 
         console.print(f"images: {out}/CATEGORY/samples", highlight=False)
-        publish(report, out / "report.json", as_json=as_json, show=print_report)
+        publish(report, out / REPORT, as_json=as_json, show=print_report)
 
 
 def planned(order: "Order", groups: "list[Category]", per_prompt: int, out: Path) -> dict[str, Any]:
@@ -123,6 +131,7 @@ def draw_and_measure(
     groups: "list[Category]",
     per_prompt: int,
     out: Path,
+    picture: Path | None,
     clip: str,
     clip_weights: Path | None,
     device: str,
@@ -153,7 +162,9 @@ def draw_and_measure(
     _, paths = read_samples(out / DRAWN)
     images = by_category(paths[: order.count], groups, per_prompt)
     lay_out(images, groups, out)
-    return make_report(order, groups, per_prompt, judge, scores, images, dict(subject.about), place)
+    if picture:
+        save_grid({name: paths[::per_prompt][:SHOWN] for name, paths in images.items()}, picture)
+    return make_report(order, groups, per_prompt, judge, scores, images, subject, place)
 
 
 def make_report(
@@ -163,7 +174,7 @@ def make_report(
     judge: "ClipJudge | None",
     scores: "PromptScores",
     images: dict[str, list[Path]],
-    subject: dict[str, Any],
+    subject: "Subject",
     place: "Place",
 ) -> "Report":
     """What was measured of each category."""
@@ -171,7 +182,7 @@ def make_report(
 
     from hmar_cli.commands.eval_prompts import measured
     from hmar_cli.evaluation.compbench import all_prompts, by_category
-    from hmar_cli.evaluation.reports import Report, versions
+    from hmar_cli.evaluation.reports import Report, made_with
 
     metrics: dict[str, Measured] = {}
     if judge is not None:
@@ -188,8 +199,25 @@ def make_report(
         "per_prompt": per_prompt,
         "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    made_with = {"device": str(place.device), "processes": place.world, "versions": versions()}
-    return Report(metrics, settings, subject, {"clip_weights": (judge and judge.file) or None}, made_with)
+    made = made_with(place.device, place.world, order.count, scores.seconds, drawing=subject.drawing)
+    return Report(
+        metrics, settings, dict(subject.about), {"clip_weights": (judge and judge.file) or None}, made
+    )
+
+
+def save_grid(rows: dict[str, list[Path]], target: Path) -> None:
+    """Write a row of images for each category."""
+    import numpy as np
+    from PIL import Image
+
+    from hmar_cli.console import console
+    from hmar_cli.report import labelled_grid, save_png
+
+    tiles = {
+        name: [np.asarray(Image.open(path).convert("RGB")) for path in paths] for name, paths in rows.items()
+    }
+    save_png(labelled_grid(tiles), target)
+    console.print(f"the first images of each category: {target}", highlight=False)
 
 
 def judged_scenes(group: "Category", paths: list[Path], per_prompt: int) -> "dict[str, Measured]":

@@ -68,7 +68,7 @@ def prompts(
     from hmar_cli.commands.subjects import open_images
     from hmar_cli.console import warn
     from hmar_cli.evaluation.prompts import open_judge, require_prompts, score_images
-    from hmar_cli.evaluation.reports import publish
+    from hmar_cli.evaluation.reports import made_with, publish
 
     subject = open_images(images, None)
     require_prompts(subject.source)
@@ -87,21 +87,21 @@ def prompts(
         return
     if not scores.cosines:
         raise UserError(f"{images} has no images that can be read", scores.error or "give others")
-    about = {"batch_size": batch_size, "device": str(place.device), "processes": place.world}
     if scores.unreadable:
         warn(f"left out {scores.unreadable} images; {scores.error}")
     if picture:
         save_grid(scores, picture)
-    publish(make_report(judge, scores, subject.about, about), out, as_json=as_json, show=print_report)
+    made = made_with(place.device, place.world, len(scores.cosines), scores.seconds, batch_size=batch_size)
+    publish(make_report(judge, scores, subject.about, made), out, as_json=as_json, show=print_report)
 
 
 def make_report(
-    judge: "ClipJudge", scores: "PromptScores", subject: dict[str, Any], made_with: dict[str, Any]
+    judge: "ClipJudge", scores: "PromptScores", subject: dict[str, Any], made: dict[str, Any]
 ) -> "Report":
     """The two numbers with what they depend on."""
     import hashlib
 
-    from hmar_cli.evaluation.reports import Report, versions
+    from hmar_cli.evaluation.reports import Report
 
     digest = hashlib.sha256("\n".join(scores.prompts).encode()).hexdigest()
     settings = {
@@ -114,7 +114,7 @@ def make_report(
         settings,
         {**subject, "unreadable": scores.unreadable},
         {"clip_weights": judge.file or None},
-        {**made_with, "versions": versions()},
+        made,
     )
 
 

@@ -242,7 +242,7 @@ def make_report(
 
     from hmar_cli.evaluation.measures import metric_name
     from hmar_cli.evaluation.observing import set_digest
-    from hmar_cli.evaluation.reports import Measured, Report
+    from hmar_cli.evaluation.reports import Measured, Report, made_with
     from hmar_cli.tokenizers.blocks import hash_weights
 
     summary = found.summary()
@@ -281,19 +281,8 @@ def make_report(
         "extractor": judge and judge.describe(),
         "scales": scale_rows(checkpoint, summary),
     }
-    return Report(metrics, settings, subject, about, made_with(frames, device))
-
-
-def made_with(frames: "FramedImages", device: str) -> dict[str, Any]:
-    """What should change nothing."""
-    from hmar_cli.evaluation.reports import versions
-
-    return {
-        "batch_size": frames.batch_size,
-        "device": device,
-        "processes": frames.share[1],
-        "versions": versions(),
-    }
+    made = made_with(device, frames.share[1], found.count, found.seconds, batch_size=frames.batch_size)
+    return Report(metrics, settings, subject, about, made)
 
 
 def scale_rows(checkpoint: "Checkpoint", summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from hmar_cli.evaluation.extractors import Extractor, open_extractor
 from hmar_cli.evaluation.measures import Protocol, needs_reference
 from hmar_cli.evaluation.observing import Observations, observe_together, require_features
 from hmar_cli.evaluation.references import is_statistics, open_reference, read_reference, save_statistics
-from hmar_cli.evaluation.reports import Report, as_text, measure_all, versions
+from hmar_cli.evaluation.reports import Report, as_text, made_with, measure_all
 from hmar_cli.launch import Place, join_processes, leave_processes
 from hmar_cli.report import image_grid, save_png
 
@@ -198,14 +198,14 @@ def conclude(
             "extractor": network.describe(),
             "reference": real and real.describe(),
         },
-        made_with={
-            "batch_size": plan.batch_size,
-            "device": str(place.device),
-            "processes": place.world,
-            "images_per_second": round(found.images_per_second, 2),
-            "drawing": images.drawing,
-            "versions": versions(),
-        },
+        made_with=made_with(
+            place.device,
+            place.world,
+            found.count,
+            found.seconds,
+            batch_size=plan.batch_size,
+            drawing=images.drawing,
+        ),
     )
 
 

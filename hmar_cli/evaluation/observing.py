@@ -97,11 +97,6 @@ class Observations:
         """SHA-256 of the extractor's weights."""
         return str(self.extractor["fingerprint"])
 
-    @property
-    def images_per_second(self) -> float:
-        """Images measured in a second."""
-        return self.count / self.seconds if self.seconds else 0.0
-
     def describe(self) -> dict[str, Any]:
         """The set as JSON has it."""
         accuracy = {"right": self.right, "accuracy": self.right / max(self.count, 1)} if self.labelled else {}

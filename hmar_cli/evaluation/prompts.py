@@ -7,6 +7,7 @@ depend on the model, whose name and hash belong to them.
 
 import contextlib
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,6 +81,7 @@ class PromptScores:
         unreadable: images that could not be read, which count nowhere else.
         error: why the first of them could not.
         shown: the first images, small, with their prompts and cosines.
+        seconds: that all took, with reading the images.
     """
 
     cosines: dict[int, float] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class PromptScores:
     unreadable: int = 0
     error: str = ""
     shown: list[tuple[Image.Image, str, float]] = field(default_factory=list)
+    seconds: float = 0.0
 
     def gather(self) -> "PromptScores":
         """Join what all processes found, where there are several; what is shown stays that of each one."""
@@ -98,6 +101,7 @@ class PromptScores:
             sum(part.unreadable for part in found),
             next((part.error for part in found if part.error), ""),
             self.shown,
+            max(part.seconds for part in found),
         )
 
     @property
@@ -169,6 +173,7 @@ def score_images(
         workers=workers,
         share=share,
     )
+    start = time.perf_counter()
     with contextlib.closing(batches):
         for batch in batches:
             faults = [example.fault for example, pixels in batch if pixels is None]
@@ -185,6 +190,7 @@ def score_images(
                 found.cosines[example.index], found.captions[example.index] = cosine, example.caption
                 if len(found.shown) < shown and example.image is not None:
                     found.shown.append((example.image, example.caption, cosine))
+    found.seconds = time.perf_counter() - start
     return found
 
 

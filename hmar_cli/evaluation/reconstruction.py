@@ -7,6 +7,7 @@ Letters: B images of a batch, H W their height and width, K scales, V codes, F f
 """
 
 import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -137,6 +138,7 @@ class Reconstructions:
         l1: mean absolute difference of each image, where black is -1 and white 1.
         lpips: of each image; none of images whose sides are below 16.
         pairs: the first images and their reconstructions, each [H, W, 3].
+        seconds: that all took, with reading the images.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class Reconstructions:
         self.l1: list[float] = []
         self.lpips: list[float] = []
         self.pairs: list[tuple[Pixels, Pixels]] = []
+        self.seconds = 0.0
         self._device = next(tokenizer.parameters()).device
         self._bottleneck = _Codes(tokenizer) if isinstance(tokenizer, MultiScaleVQ) else _Latents(tokenizer)
         self._statistics = FeatureStatistics(), FeatureStatistics()  # of images, of reconstructions
@@ -210,6 +213,7 @@ class Reconstructions:
         """Join what all processes found, where there are several; the pairs stay those of each one."""
         statistics = tuple(each.cpu() for each in self._statistics)
         lists = ("digests", "psnr", "ssim", "l1", "lpips")
+        self.seconds = max(gather(self.seconds))
         mine = (*(getattr(self, name) for name in lists), statistics, self._bottleneck.sums())
         found = gather(mine)
         for place, name in enumerate(lists):
@@ -295,6 +299,8 @@ def evaluate_tokenizer(
         ValueError: as `Reconstructions.add`.
     """
     found = Reconstructions(tokenizer, extractor, shown, perceptual)
+    start = time.perf_counter()
     for batch in images:
         found.add(batch)
+    found.seconds = time.perf_counter() - start
     return found

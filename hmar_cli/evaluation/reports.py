@@ -4,7 +4,7 @@
  "metrics": {"fid": {"name": "FID-50k", "value": 2.31}, "is": {"name": "IS-50k", "value": 240.1, "spread": 3.2}},
  "settings": {what must be equal for numbers to compare: extractor, size, crop, count, reference, splits ...},
  "subject": {what was measured: folder or checkpoint, hashes, sampling settings},
- "made_with": {what should change nothing: device, processes, batch size, versions, seconds}}
+ "made_with": {what should change nothing: device, processes, batch size, versions, images a second}}
 """
 
 import json
@@ -126,6 +126,19 @@ def versions() -> dict[str, str]:
     """Of all that the numbers pass through."""
     ours = {"hmar-cli": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     return ours | {name: version(name) for name in ("torch-fidelity", "pillow", "numpy")}
+
+
+def made_with(
+    device: torch.device | str, processes: int, count: int, seconds: float, **more: Any
+) -> dict[str, Any]:
+    """What should change nothing, of `count` images that were measured in that many seconds."""
+    return {
+        "device": str(device),
+        "processes": processes,
+        "images_per_second": round(count / seconds, 2) if seconds else None,
+        **more,
+        "versions": versions(),
+    }
 
 
 def publish(report: Report, out: Path | None, *, as_json: bool, show: Callable[[Report], None]) -> None:

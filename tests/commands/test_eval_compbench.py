@@ -5,14 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
 from hmar_cli.data.scenes import all_scenes
 from hmar_cli.recipe import load_recipe
+from hmar_cli.report import labelled_grid
 from hmar_cli.settings import Recipe
 
 SMALL = (
@@ -56,6 +59,15 @@ def world(
     return folder
 
 
+SHOWN = {"color": [0], "scenes": [1, 2]}
+"""Of the prompts color, scene, scene: the first image of each, by category."""
+
+
+def tile(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def hmar(*arguments: object) -> Any:
     given = (
         [*map(str, arguments), "--device", "cpu"] if "compbench" in arguments else list(map(str, arguments))
@@ -88,6 +100,10 @@ def test_images_in_the_layout_of_the_evaluators_and_what_is_measured(world: Path
     same = json.loads(hmar("prompts", drawn, *clip, "--json").stdout)["metrics"]["clip_cosine"]["value"]
     ours = [found["metrics"][f"{name}.clip_cosine"]["value"] for name in ("color", "scenes")]
     assert (2 * ours[0] + 4 * ours[1]) / 6 == pytest.approx(same, abs=1e-6)
+    assert found["made_with"]["images_per_second"] > 0 and found["made_with"]["drawing"]["already_there"] == 0
+    tiles = {name: [tile(drawn / f"{i:06d}.png") for i in each] for name, each in SHOWN.items()}
+    expected = np.asarray(labelled_grid(tiles))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "report.png")), expected)
 
 
 def test_it_goes_on_and_draws_more(world: Path, tmp_path: Path) -> None:
@@ -130,6 +146,7 @@ def test_mistakes_are_one_line_and_a_hint(
     refused(hmar("compbench", tokenizer, world / "prompts"), "reads no prompts")
     refused(compbench(world, tmp_path / "out", "--categories", "shape"), "no shape_val.txt")
     refused(compbench(world, tmp_path / "out", "--clip", "ViT-L14"), "CLIP ViT-L14")
+    refused(compbench(world, tmp_path / "out", "--grid", tmp_path), f"{tmp_path} is a folder")
 
     def offline(tag: object) -> str:
         raise FileNotFoundError("Failed to download")

@@ -72,6 +72,7 @@ def test_each_image_is_compared_with_its_own_prompt(weights: Path, samples: Path
         32,
     ]
     assert found["subject"]["sampling"]["seed"] == 3
+    assert found["made_with"]["images_per_second"] > 0 and found["made_with"]["batch_size"] == 64
     assert json.loads((tmp_path / "r.json").read_text()) == found
     with Image.open(tmp_path / "r.png") as image:
         assert image.width > 3 * 128

@@ -77,6 +77,7 @@ def test_the_report_says_what_was_measured_and_how(made: Path, tmp_path: Path) -
     assert report["metrics"]["rfid"]["name"] == "rFID[judge]-12"
     assert report["settings"]["images"]["sizes"] == {"16x16": 12} and report["settings"]["crop"] == "adm"
     assert len(report["settings"]["extractor"]["fingerprint"]) == len(report["subject"]["fingerprint"]) == 64
+    assert report["made_with"]["images_per_second"] > 0 and report["made_with"]["processes"] == 1
     assert report["subject"]["step"] == 7 and report["subject"]["images"] == SHAPES
     assert [row["grid"] for row in report["about"]["scales"]] == [[1, 1], [2, 2], [4, 4], [8, 8]]
     assert [row["tokens"] for row in report["about"]["scales"]] == [12, 48, 192, 768]

@@ -62,7 +62,7 @@ def test_features_logits_and_statistics_are_those_of_the_extractor() -> None:
     rows = tensor(images)[:, :, 0].flatten(1).double()
     torch.testing.assert_close(found.spatial.mean, rows.mean(dim=0))
     assert (found.count, found.size, found.crop, found.unreadable) == (11, (8, 8), "none", 0)
-    assert found.seconds > 0 and found.images_per_second == found.count / found.seconds
+    assert found.seconds > 0
 
 
 def test_what_no_metric_needs_is_not_kept() -> None:
