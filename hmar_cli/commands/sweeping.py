@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hmar_cli.analysis.sweep import Judge, Outcome, Trial
     from hmar_cli.checkpoints.store import Checkpoint
     from hmar_cli.evaluation.extractors import Extractor
+    from hmar_cli.evaluation.observing import Observations
     from hmar_cli.models.scales import Schedule
     from hmar_cli.settings import MaskedArSample, NextScaleSample, Recipe
 
@@ -116,8 +117,10 @@ def begin(flags: Flags) -> None:
     delegate(flags.launch, flags.device)
 
 
-def carry_out(study: Study, chosen: Sequence[Entry], flags: Flags) -> None:
-    """Plan, draw, measure, write and print.
+def carry_out(
+    study: Study, chosen: Sequence[Entry], flags: Flags, reference: "Observations | None" = None
+) -> None:
+    """Plan, draw, measure, write and print; `reference` is what is known of the real images already.
 
     Raises:
         UserError: whatever the flags ask for and cannot have.
@@ -133,7 +136,7 @@ def carry_out(study: Study, chosen: Sequence[Entry], flags: Flags) -> None:
 
     out = flags.out or Path("analysis") / study.name
     require_writable(out / f"{study.name}.json")
-    judge = open_judge(study, flags, trials)
+    judge = open_judge(study, flags, trials, reference)
     outcomes = sweep(trials, judge, out, device=flags.device, shown=flags.shown)
     first = join_processes(flags.device).rank == 0
     leave_processes()
@@ -212,7 +215,7 @@ def train_and_measure(study: Study, chosen: "Mapping[Entry, Recipe]", data: str,
         print(json.dumps({"data": data, "train": [str(each.path) for each in chosen]}, indent=2))
         return
     begin(flags)
-    require_judge(study, chosen.values(), flags)
+    reference = require_judge(study, chosen.values(), flags)
     from hmar_cli.console import console
     from hmar_cli.runs import Options, train
 
@@ -223,7 +226,7 @@ def train_and_measure(study: Study, chosen: "Mapping[Entry, Recipe]", data: str,
         outcome = train(recipe, Options(data=data, out=str(out), resume=resume, device=flags.device))
         if outcome.interrupted:
             raise KeyboardInterrupt  # the run has saved and goes on from there the next time
-    carry_out(study, list(chosen), flags)
+    carry_out(study, list(chosen), flags, reference)
 
 
 # The plan
@@ -402,8 +405,11 @@ def open_extractor(study: Study, flags: Flags) -> "tuple[tuple[str, ...], Extrac
     return metrics, extractors.open_extractor(flags.extractor, place, flags.extractor_weights)
 
 
-def require_judge(study: Study, recipes: Iterable["Recipe"], flags: Flags) -> None:
+def require_judge(study: Study, recipes: Iterable["Recipe"], flags: Flags) -> "Observations | None":
     """See before the training what would be missed after it: settings, extractor, reference, and a place for files.
+
+    Returns:
+        The reference, where a file has statistics of it; images are only seen to be there.
 
     Raises:
         UserError: one of them cannot be had.
@@ -411,7 +417,7 @@ def require_judge(study: Study, recipes: Iterable["Recipe"], flags: Flags) -> No
     from hmar_cli.data.sources import open_source
     from hmar_cli.evaluation.measures import needs_reference
     from hmar_cli.evaluation.observing import require_features
-    from hmar_cli.evaluation.references import is_statistics, read_reference
+    from hmar_cli.evaluation.references import is_statistics, open_reference
 
     trained = list(recipes)
     require_settings({**pairs("--set", flags.overrides), **pairs("--vary", flags.vary)}, trained)
@@ -419,15 +425,17 @@ def require_judge(study: Study, recipes: Iterable["Recipe"], flags: Flags) -> No
     metrics, extractor = open_extractor(study, flags)
     require_features(extractor, metrics, trained[0].data.size)
     if not needs_reference(metrics):
-        return
-    if is_statistics(path := Path(flags.reference)):
-        read_reference(path, extractor, metrics)
-    else:
-        open_source(flags.reference)
+        return None
+    if is_statistics(Path(flags.reference)):
+        return open_reference(flags.reference, extractor, metrics)
+    open_source(flags.reference)
+    return None
 
 
-def open_judge(study: Study, flags: Flags, trials: "Sequence[Trial]") -> "Judge":
-    """The extractor, and what it sees in the real images.
+def open_judge(
+    study: Study, flags: Flags, trials: "Sequence[Trial]", reference: "Observations | None"
+) -> "Judge":
+    """The extractor, and what it sees in the real images, unless that is known.
 
     Raises:
         UserError: one of them cannot be had, or images of several sizes where the extractor takes any.
@@ -442,7 +450,7 @@ def open_judge(study: Study, flags: Flags, trials: "Sequence[Trial]") -> "Judge"
     if extractor.size is None and len(sizes) > 1:
         drawn = ", ".join(f"{width}x{height}" for height, width in sizes)
         raise UserError(f"the models draw images of several sizes: {drawn}", "measure them one by one")
-    size, reference = extractor.size or sizes[0], None
-    if needs_reference(metrics):
+    size = extractor.size or sizes[0]
+    if reference is None and needs_reference(metrics):
         reference = open_reference(flags.reference, extractor, metrics, size=size, crop=flags.crop)
     return Judge(extractor=extractor, metrics=metrics, reference=reference, size=size, crop=flags.crop)

@@ -40,6 +40,17 @@ def gather(mine: Made) -> list[Made]:
     return found
 
 
+def once(make: Callable[[], Made]) -> Made:
+    """What the first process of `torch.distributed` makes, in every one of them."""
+    rank, world = own_share()
+    if world == 1:
+        return make()
+    made: list[Any] = [None if rank else make()]
+    distributed.broadcast_object_list(made, src=0)
+    found: Made = made[0]
+    return found
+
+
 def shared_batches(
     source: ImageSource,
     work: Callable[[Example], Made],

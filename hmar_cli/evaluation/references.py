@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hmar_cli.data.arrays import open_arrays
+from hmar_cli.data.sharing import once
 from hmar_cli.data.sources import open_source
 from hmar_cli.data.transforms import Crop
 from hmar_cli.errors import UserError
@@ -144,7 +145,7 @@ def open_reference(
     crop: Crop = "adm",
     batch_size: int = 64,
 ) -> Observations:
-    """Look at real images of any source, on all processes, or read the statistics that a file has of them.
+    """Look at real images of any source, on all processes, or let the first one read the statistics of a file.
 
     Args:
         spelling: of the source, or path of an `.npz` of statistics.
@@ -158,7 +159,7 @@ def open_reference(
         UserError: as `read_reference` and `open_source`, or no image that can be read.
     """
     if is_statistics(path := Path(spelling)):
-        return read_reference(path, extractor, metrics, batch_size)
+        return once(lambda: read_reference(path, extractor, metrics, batch_size))
     wanted = size if size is not None else extractor.size
     found = observe_together(
         open_source(spelling, size=wanted),

@@ -21,6 +21,7 @@ from hmar_cli.app import app
 from hmar_cli.builders import build_image_network
 from hmar_cli.checkpoints.store import read_tensors, save_checkpoint, write_tensors
 from hmar_cli.data.shapes import SHAPES
+from hmar_cli.evaluation import references
 from hmar_cli.recipe import load_recipe
 from hmar_cli.settings import Recipe
 from hmar_cli.tokenizers.blocks import hash_weights
@@ -218,8 +219,11 @@ def test_the_files_hold_what_was_measured(world: Path, tmp_path: Path) -> None:
         assert grid.height == 2 * (64 + 4)  # a row a model
 
 
-def test_two_processes_measure_as_one(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reference", ["images", "statistics"])
+def test_two_processes_measure_as_one(world: Path, tmp_path: Path, reference: str) -> None:
     flags = ("--count", "21", "--batch-size", "4", "--vary", "cfg=0,2", "--metrics", "fid,is,recall")
+    if reference == "statistics":
+        flags += ("--reference", str(statistics(world, tmp_path)))
     alone = analyze(world, "guidance", "var", tmp_path / "1", *flags)
     arguments = ["guidance", world / "var", *judged(world), "--out", tmp_path / "2", *flags, "--launch", "2"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / ".typing"), os.environ.get("PYTHONPATH", "")])
@@ -234,6 +238,15 @@ def test_two_processes_measure_as_one(world: Path, tmp_path: Path) -> None:
             assert theirs[name] == pytest.approx(mine[name], rel=1e-9), name
     pictures = [(tmp_path / n / "guidance-grid.png").read_bytes() for n in "12"]
     assert pictures[0] == pictures[1]
+
+
+def statistics(world: Path, folder: Path) -> Path:
+    """A file of what the classifier sees in the reference."""
+    path = folder / "reference.npz"
+    flags = ("--metrics", "fid,is,recall", "--make-stats", path)
+    done = hmar("eval", "samples", *judged(world)[1:], *flags)
+    assert done.exit_code == 0, done.output
+    return path
 
 
 # Resuming
@@ -305,7 +318,9 @@ def test_a_sweep_that_was_stopped_keeps_its_finished_trials(
 # Training first
 
 
-def test_an_ablation_trains_its_rows_and_keeps_them(world: Path, tmp_path: Path) -> None:
+def test_an_ablation_trains_its_rows_and_keeps_them(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "cache"
     tokenize = (
         "tokenize",
@@ -326,9 +341,13 @@ def test_an_ablation_trains_its_rows_and_keeps_them(world: Path, tmp_path: Path)
     planned = hmar("analyze", "ablation", recipe, *flags, *steps, "--dry-run")
     assert json.loads(planned.stdout)["train"] == [str(runs / "toy-seed0"), str(runs / "toy-seed1")]
     assert not runs.exists()
+    read, real = [], references.read_reference
+    monkeypatch.setattr(references, "read_reference", lambda *given: read.append(given) or real(*given))
+    steps += ("--reference", statistics(world, tmp_path))
     results = [
         hmar("analyze", "ablation", recipe, *flags, *steps, "--out", tmp_path / "out") for _ in range(2)
     ]
+    assert len(read) == 2  # by each command once, before the training
     for result in results:
         assert result.exit_code == 0, result.output
     first, second = (json.loads(result.stdout) for result in results)
