@@ -105,6 +105,8 @@ def place_of(record: Mapping[str, Any]) -> Path:
 def passing_folder(folder: Path, first: bool) -> Iterator[None]:
     """A folder that is removed once the block has ended well; else it stays, and a line says so.
 
+    The file by which others are kept out is never removed: a lock on a file without a name would keep out nobody.
+
     Args:
         folder: which.
         first: whether this process is the one that looks after it.
@@ -137,7 +139,6 @@ def passing_folder(folder: Path, first: bool) -> Iterator[None]:
                 )
             raise
         shutil.rmtree(folder, ignore_errors=True)
-        folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def condensed(record: Mapping[str, Any]) -> dict[str, Any]:

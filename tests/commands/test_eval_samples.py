@@ -22,6 +22,7 @@ from hmar_cli.app import app
 from hmar_cli.builders import load_classifier
 from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint
 from hmar_cli.commands import evaluating
+from hmar_cli.commands.subjects import passing_folder
 from hmar_cli.data.shapes import SHAPES
 from hmar_cli.data.sources import open_source
 from hmar_cli.errors import UserError
@@ -379,7 +380,7 @@ def test_a_report_and_the_grid_of_what_was_measured(run: Path, samples: Path, tm
 def test_a_checkpoint_draws_what_is_measured(run: Path, model: Path, cache: Path, tmp_path: Path) -> None:
     flags = ("--count", 11, "--seed", 4, "--labels", "circle,star", "--cfg", 2)
     found = measured(run, model, *flags, "--metrics", EVERY)
-    assert not (cache / "eval").exists() or not list((cache / "eval").iterdir())
+    assert [path.suffix for path in (cache / "eval").iterdir()] == [".lock"]  # and no image
     drawn = hmar("sample", "--checkpoint", model, *flags, "--out", tmp_path / "drawn", "--device", "cpu")
     assert drawn.exit_code == 0, drawn.output
     folder = measured(run, tmp_path / "drawn", "--metrics", EVERY)
@@ -417,7 +418,21 @@ def test_an_interrupted_measurement_goes_on(
         refused(measure(run, model, "--count", 6), "another command is drawing these images", "--keep")
     found = measured(run, model, "--count", 6)
     assert found["made_with"]["drawing"]["already_there"] == 5
-    assert not list((cache / "eval").iterdir())
+    assert [path.name for path in (cache / "eval").iterdir()] == [f"{folder.name}.lock"]
+
+
+def test_a_folder_is_one_commands_at_a_time(tmp_path: Path) -> None:
+    """Also where another one opened the lock before it was given back: both lock the same file."""
+    folder = tmp_path / "folder"
+    with passing_folder(folder, True):
+        early = folder.with_suffix(".lock").open("w")
+    with early:
+        fcntl.flock(early, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(UserError, match="another command is drawing"), passing_folder(folder, True):
+            pass
+    with passing_folder(folder, True):
+        folder.mkdir()
+    assert not folder.exists()
 
 
 def test_nothing_is_drawn_for_a_reference_that_is_not_there(
