@@ -29,7 +29,6 @@ channels, M coverage.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,7 +37,7 @@ from torch.nn import functional as F
 
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
-from hmar_cli.sampling.images import autocast, decode_latents, name_broken_numbers
+from hmar_cli.sampling.images import autocast, decode, name_broken_numbers, parts
 from hmar_cli.sampling.masked import KnownTokens, sample_masked
 from hmar_cli.sampling.next_scale import KeptTokens, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
@@ -214,7 +213,7 @@ def edit_images(
         known = _known_tokens(tokenizer, images, views, edit, len(condition))
         with autocast(images.device, precision):
             sampled = sample_masked(model, condition, settings, noise, known=known)
-            return decode_latents(tokenizer, sampled.latents)
+            return decode(tokenizer.decode_latents, parts(sampled.latents))
 
 
 def _edit_token_maps(
@@ -231,7 +230,7 @@ def _edit_token_maps(
     batch, quantizer = len(condition), tokenizer.quantizer
     drawn = tuple(view.drawn.flatten() for view in views)  # [n_k] each
     kept = KeptTokens(
-        tokens=torch.cat([tokenizer.encode(part) for part in _parts(images)]).expand(batch, -1),
+        tokens=torch.cat([tokenizer.encode(part) for part in parts(images)]).expand(batch, -1),
         drawn=drawn,
         counts=tuple(int(each.sum()) for each in drawn),
         weight=views[-1].coverage,
@@ -239,10 +238,10 @@ def _edit_token_maps(
     with autocast(images.device, precision):
         tokens, f_hat = sample_next_scale(model, quantizer, condition, settings, noise, kept=kept)
         if images.is_cuda:
-            return tokenizer.decode(f_hat)
+            return decode(tokenizer.decode, [f_hat])
         alone = [replace(kept, tokens=kept.tokens[i : i + 1]) for i in range(batch)]
-        parts = [each.f_hat(part, quantizer) for each, part in zip(alone, tokens.split(1), strict=True)]
-        return torch.cat([tokenizer.decode(part) for part in parts])
+        maps = [each.f_hat(part, quantizer) for each, part in zip(alone, tokens.split(1), strict=True)]
+        return decode(tokenizer.decode, maps)
 
 
 def _known_tokens(
@@ -253,14 +252,9 @@ def _known_tokens(
     def known(view: RegionView) -> KnownTokens:
         side = [tokenizer.stride * n for n in view.drawn.shape]
         small = images if list(images.shape[2:]) == side else F.interpolate(images, size=side, mode="area")
-        means = [posterior(tokenizer.moments(part))[0] for part in _parts(small)]  # [1, C, h, w] each
+        means = [posterior(tokenizer.moments(part))[0] for part in parts(small)]  # [1, C, h, w] each
         latents = torch.cat(means).flatten(2).transpose(1, 2) * tokenizer.latent_scale  # [B, n, C]
         count = math.ceil(edit.strength * int(view.drawn.sum()) - 1e-9)  # 0.1 of 30 are 3
         return KnownTokens(latents.expand(batch, -1, -1), view.drawn.flatten(), count)
 
     return known(views[0]) if len(views) > 1 else None, known(views[-1])
-
-
-def _parts(images: Tensor) -> Sequence[Tensor]:
-    """What is encoded at once: all on a GPU; each image alone on a CPU, whose rounding depends on the batch."""
-    return [images] if images.is_cuda else list(images.split(1))

@@ -169,12 +169,14 @@ def generate(
                 model, tokenizer.quantizer, condition, job.settings, noise
             )
             if device.type == "cuda":
-                return tokenizer.decode(f_hat), None
-            return torch.cat([tokenizer.decode_tokens(part) for part in tokens.split(1)]), None
+                return decode(tokenizer.decode, [f_hat]), None
+            return decode(tokenizer.decode_tokens, tokens.split(1)), None
         assert isinstance(tokenizer, KlAutoencoder) and isinstance(job.settings, MaskedArSample)
         sampled = masked.sample_masked(model, condition, job.settings, noise)
-        images = decode_latents(tokenizer, sampled.latents)
-        return images, None if sampled.pivots is None else decode_latents(tokenizer, sampled.pivots)
+        images = decode(tokenizer.decode_latents, parts(sampled.latents))
+        if sampled.pivots is None:
+            return images, None
+        return images, decode(tokenizer.decode_latents, parts(sampled.pivots))
 
 
 @contextlib.contextmanager
@@ -189,14 +191,18 @@ def name_broken_numbers(indices: Sequence[int]) -> Iterator[None]:
         ) from error
 
 
-def decode_latents(tokenizer: KlAutoencoder, latents: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1] of scaled latents [B, C, h, w]; on a CPU each is decoded alone.
+def parts(images: Tensor) -> Sequence[Tensor]:
+    """What is encoded or decoded at once: all on a GPU; each alone on a CPU, whose rounding depends on the batch."""
+    return [images] if images.is_cuda else images.split(1)
+
+
+def decode(decoder: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Tensor:
+    """Images [B, 3, H, W] in [-1, 1] of what a tokenizer decodes, a batch at a time.
 
     Raises:
         FloatingPointError: images that are not finite.
     """
-    size = len(latents) if latents.is_cuda else 1
-    images = torch.cat([tokenizer.decode_latents(part) for part in latents.split(size)])
+    images = torch.cat([decoder(batch) for batch in batches])
     if not images.isfinite().all():
         raise FloatingPointError("the tokenizer's pictures are not finite")
     return images

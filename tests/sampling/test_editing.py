@@ -554,10 +554,14 @@ def test_wrong_arguments() -> None:
 
 
 @pytest.mark.parametrize("name", ["hmar", "himar"])
-def test_broken_weights_are_named(name: str) -> None:
+@pytest.mark.parametrize("broken", ["model", "tokenizer"])
+def test_broken_weights_are_named(name: str, broken: str) -> None:
     family = make(name)
     head = family.model.head.linear if name == "hmar" else family.model.dense_head.output
     with torch.no_grad():
-        head.bias[0] = float("nan")
-    with pytest.raises(UserError, match=r"images 3 to 4: .*not finite"):
+        (head.bias if broken == "model" else family.tokenizer.decoder.conv_out.bias)[0] = float("nan")
+    with pytest.raises(UserError, match=rf"images 3 to 4: the {broken}'s .*not finite"):
         family.edit(pictures(2), torch.ones(HEIGHT, WIDTH), [3, 4])
+    job = Job(settings=family.settings, conditions=family.conditions, count=10, seed=5, batch_size=2)
+    with pytest.raises(UserError, match=rf"images 3 to 4: the {broken}'s .*not finite"):
+        generate(family.model, family.tokenizer, job, [3, 4], CPU)
