@@ -226,9 +226,14 @@ class Block(nn.Module):
         sides: tuple[tuple[int, int], ...],
         cache: KeyValueCache | None = None,
         block: int = 0,
+        vectors: Tensor | None = None,
     ) -> Tensor:
-        """Transform x [B, N, C] under `condition`: [B, C], or shared vectors [B, 6, 1, C]."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.adaln(condition).unbind(dim=1)  # 6 x [B, 1, C]
+        """Transform x [B, N, C] under `condition`: [B, C], or shared vectors [B, 6, 1, C].
+
+        `vectors` are what `adaln` makes of it, where the caller knows them.
+        """
+        vectors = self.adaln(condition) if vectors is None else vectors  # [B, 6, 1, C]
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors.unbind(dim=1)  # 6 x [B, 1, C]
         attended = self.attention(self.norm(x) * (1 + scale1) + shift1, sides, cache, block)
         x = x + drop_path(gamma1 * attended, self.drop_path_rate, self.training)
         fed = self.feed_forward(self.norm(x) * (1 + scale2) + shift2)

@@ -5,6 +5,8 @@ Letters: B batch, K scales, n_k tokens of scale k, L = sum of n_k, C width, Z co
 
 import copy
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from hmar_kernels import Choice, Pattern, choose, measure
@@ -13,6 +15,20 @@ from torch.nn import functional as F
 
 from hmar_cli.models.layers import AdaLN, AdaLNTable, Block, KeyValueCache, OutputHead, ScaleAttention
 from hmar_cli.models.scales import Scales
+
+
+class Condition(NamedTuple):
+    """What the transformer takes of classes.
+
+    Attributes:
+        embedding: [B, C].
+        shared: what the blocks modulate by, the embedding or vectors [B, 6, 1, C] that they share.
+        vectors: each block's own vectors [B, 6, 1, C] where they are known.
+    """
+
+    embedding: Tensor
+    shared: Tensor
+    vectors: list[Tensor] | None = None
 
 
 class MaskedBranch(nn.Module):
@@ -163,15 +179,15 @@ class NextScaleTransformer(nn.Module):
         Returns:
             [B, L, V] float32.
         """
-        class_embedding = self.class_embed(labels)  # [B, C]
-        x = torch.cat([self._start(class_embedding), self._embed(inputs, own, mask)], dim=1)  # [B, L, C]
+        condition = self._condition(labels)
+        x = torch.cat([self._start(condition), self._embed(inputs, own, mask)], dim=1)  # [B, L, C]
         x = x + self.level_embed(self.level) + self.pos_embed
-        return self._transform(x, class_embedding, self.scales.grids, own is not None)
+        return self._transform(x, condition, self.scales.grids, own is not None)
 
     def forward_scale(
         self,
         k: int,
-        labels: Tensor,
+        condition: Condition,
         inputs: Tensor | None,
         own: Tensor | None = None,
         mask: Tensor | None = None,
@@ -181,7 +197,7 @@ class NextScaleTransformer(nn.Module):
 
         Args:
             k: the scale, from 0.
-            labels: [B] int64.
+            condition: of B classes, for the branch that answers.
             inputs: [B, n_k, Z], its next-scale input; None for scale 0.
             own: [B, n_k, Z], its own-scale map; given, the masked branch answers.
             mask: [B, n_k] bool, the masked positions.
@@ -190,11 +206,16 @@ class NextScaleTransformer(nn.Module):
         Returns:
             [B, n_k, V] float32.
         """
-        class_embedding = self.class_embed(labels)
-        x = self._start(class_embedding) if inputs is None else self._embed(inputs, own, mask)
+        x = self._start(condition) if inputs is None else self._embed(inputs, own, mask)
         x = x + self.level_embed.weight[k] + self.pos_embed[:, self.scales.slice(k)]
         sides = self.scales.grids[: k + 1] if cache is not None else self.scales.grids[k : k + 1]
-        return self._transform(x, class_embedding, sides, own is not None, cache)
+        return self._transform(x, condition, sides, own is not None, cache)
+
+    def condition(self, labels: Tensor, *, masked: bool = False) -> Condition:
+        """What a branch takes of classes [B], computed once for all scales of an image."""
+        condition = self._condition(labels)
+        blocks, _ = self._branch(masked)
+        return condition._replace(vectors=[block.adaln(condition.shared) for block in blocks])
 
     def select_attention(self, batch: int, dtype: torch.dtype, *, sampling: bool = False) -> Choice:
         """Settle, where the model lies now, which implementation of attention its blocks run; before compilation.
@@ -248,9 +269,23 @@ class NextScaleTransformer(nn.Module):
             len(self.blocks), batch, self.scales.total, self.heads, width // self.heads, device, dtype
         )
 
-    def _start(self, class_embedding: Tensor) -> Tensor:
+    def _condition(self, labels: Tensor) -> Condition:
+        embedding = self.class_embed(labels)
+        return Condition(embedding, embedding if self.shared_adaln is None else self.shared_adaln(embedding))
+
+    def _branch(self, masked: bool) -> tuple[list[Any], OutputHead]:
+        """Blocks and head: the shared lower blocks, then one of the two late branches."""
+        if not masked:
+            return list(self.blocks), self.head
+        assert self.masked is not None
+        return [
+            *self.blocks[: len(self.blocks) - len(self.masked.blocks)],
+            *self.masked.blocks,
+        ], self.masked.head
+
+    def _start(self, condition: Condition) -> Tensor:
         """Tokens of the first scale, [B, n_1, C]: the class, at the start position."""
-        return class_embedding[:, None] + self.start_embed
+        return condition.embedding[:, None] + self.start_embed
 
     def _embed(self, inputs: Tensor, own: Tensor | None, mask: Tensor | None) -> Tensor:
         """Embed scale inputs [B, n, Z] as tokens [B, n, C], without level and position."""
@@ -264,18 +299,14 @@ class NextScaleTransformer(nn.Module):
     def _transform(
         self,
         x: Tensor,
-        class_embedding: Tensor,
+        condition: Condition,
         sides: tuple[tuple[int, int], ...],
         masked: bool,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Run blocks and head on x [B, n, C]: the shared lower blocks, then one of the two late branches."""
-        condition = class_embedding if self.shared_adaln is None else self.shared_adaln(class_embedding)
-        blocks, head = list(self.blocks), self.head
-        if masked:
-            assert self.masked is not None
-            blocks[len(blocks) - len(self.masked.blocks) :] = list(self.masked.blocks)
-            head = self.masked.head
-        for i, block in enumerate(blocks):
-            x = block(x, condition, sides, cache, i)
-        return head(x, class_embedding)  # type: ignore[no-any-return]
+        """Run a branch's blocks and head on x [B, n, C]."""
+        blocks, head = self._branch(masked)
+        vectors: Sequence[Tensor | None] = condition.vectors or [None] * len(blocks)
+        for i, (block, known) in enumerate(zip(blocks, vectors, strict=True)):
+            x = block(x, condition.shared, sides, cache, i, known)
+        return head(x, condition.embedding)  # type: ignore[no-any-return]

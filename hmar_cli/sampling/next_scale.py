@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hmar_cli.models.layers import KeyValueCache
-from hmar_cli.models.next_scale import NextScaleTransformer
+from hmar_cli.models.next_scale import Condition, NextScaleTransformer
 from hmar_cli.models.scales import check_schedule
 from hmar_cli.settings import NextScaleSample
 from hmar_cli.tokenizers.msvq import ScaleQuantizer
@@ -153,6 +153,7 @@ class _Run:
         self.model, self.settings, self.noise, self.trace = model, settings, noise, trace
         self.quantizer, self.kept = quantizer, kept
         self.labels, self.step = labels, 0
+        self.conditions: dict[tuple[bool, bool], Condition] = {}  # by guidance and branch
         self.finite = torch.ones((), dtype=torch.bool, device=labels.device)  # read once, at the end
         device = labels.device.type
         dtype = (
@@ -239,13 +240,22 @@ class _Run:
         cache: KeyValueCache | None,
     ) -> Tensor:
         """Logits [B, n_k, V] of scale k: (1 + s) conditional - s unconditional, both halves in one batch."""
+        condition = self._condition(guide, masked=own is not None)
         if not guide:
-            return self.model.forward_scale(k, self.labels, inputs, own, mask, cache)
-        labels = torch.cat([self.labels, torch.full_like(self.labels, self.model.num_classes)])  # [2B]
+            return self.model.forward_scale(k, condition, inputs, own, mask, cache)
         inputs, own, mask = (None if x is None else torch.cat([x, x]) for x in (inputs, own, mask))
-        logits = self.model.forward_scale(k, labels, inputs, own, mask, cache)
+        logits = self.model.forward_scale(k, condition, inputs, own, mask, cache)
         conditional, unconditional = logits.chunk(2)
         return (1 + strength) * conditional - strength * unconditional
+
+    def _condition(self, guide: bool, masked: bool) -> Condition:
+        """What a branch takes of the classes, those of both halves under guidance; computed once."""
+        if (guide, masked) not in self.conditions:
+            labels = self.labels
+            if guide:
+                labels = torch.cat([labels, torch.full_like(labels, self.model.num_classes)])  # [2B]
+            self.conditions[guide, masked] = self.model.condition(labels, masked=masked)
+        return self.conditions[guide, masked]
 
     def _draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Filter and draw: tokens [B, n_k] and their probabilities after the filter [B, n_k]."""

@@ -5,6 +5,7 @@ comes out the same whatever the batch size, the number of processes or the order
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,19 +59,27 @@ class PhiloxNoise:
     Args:
         seed: in [0, 2^64).
         images: [B] int64, each image's index in the whole run.
+        positions: of each step from the first on, where that is known: their numbers are computed at once.
     """
 
-    def __init__(self, seed: int, images: Tensor) -> None:
+    def __init__(self, seed: int, images: Tensor, positions: Sequence[int] = ()) -> None:
         self.key = (seed & _WORD, seed >> 32 & _WORD)
         self.images = images
+        self.known = self._uniform(range(len(positions)), positions)
 
     def uniform(self, step: int, positions: int) -> Tensor:
         """Numbers in (0, 1) for `positions` positions of every image at one step, [B, positions] float32."""
+        return self.known[step] if step < len(self.known) else self._uniform([step], [positions])[0]
+
+    def _uniform(self, steps: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, ...]:
+        """`uniform` of several steps, each with its number of positions."""
+        if not steps:
+            return ()
         image = self.images[:, None]
-        position = torch.arange(positions, device=image.device)[None]
-        step_word = torch.full_like(image, step)
-        word, *_ = philox((position, step_word, image & _WORD, image >> 32), self.key)  # broadcast to [B, n]
-        return _open_unit(word)
+        position = torch.cat([torch.arange(n, device=image.device) for n in positions])  # [sum of n]
+        step = torch.cat([image.new_full((n,), step) for step, n in zip(steps, positions, strict=True)])
+        word, *_ = philox((position, step, image & _WORD, image >> 32), self.key)  # [B, sum of n]
+        return tuple(torch.split(_open_unit(word), list(positions), dim=1))
 
     def order(self, phase: int, n: int) -> Tensor:
         """Permutations [B, n] int64 of the n tokens of a phase."""

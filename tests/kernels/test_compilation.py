@@ -183,7 +183,9 @@ def test_a_model_draws_the_same_with_every_implementation(name: str, pattern: st
         cache = model.make_cache(2, torch.float32)
         padded = torch.cat([torch.zeros(2, 1, 4), inputs], dim=1)
         parts = [
-            model.forward_scale(k, labels, padded[:, model.scales.slice(k)] if k else None, cache=cache)
+            model.forward_scale(
+                k, model.condition(labels), padded[:, model.scales.slice(k)] if k else None, cache=cache
+            )
             for k in range(3)
         ]
         logits.append([model(labels, inputs), torch.cat(parts, dim=1)])

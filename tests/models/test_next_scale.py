@@ -43,7 +43,7 @@ def test_scale_by_scale_equals_the_whole(pattern: str, shared: bool) -> None:
     padded = torch.cat([torch.zeros(2, 1, 4), inputs], dim=1)
     for k in range(3):
         part = model.scales.slice(k)
-        logits = model.forward_scale(k, labels, padded[:, part] if k else None, cache=cache)
+        logits = model.forward_scale(k, model.condition(labels), padded[:, part] if k else None, cache=cache)
         torch.testing.assert_close(logits, whole[:, part], atol=1e-5, rtol=1e-5)
 
 
@@ -134,4 +134,4 @@ def test_attention_of_another_machine_is_replaced_for_sampling_alone() -> None:
     assert choice.name == "sdpa" and "'flex' cannot run here" in choice.reason
     assert implementations(model) == {"auto"}
     with torch.inference_mode():
-        assert model.forward_scale(0, torch.tensor([1]), None).isfinite().all()
+        assert model.forward_scale(0, model.condition(torch.tensor([1])), None).isfinite().all()

@@ -31,6 +31,14 @@ def test_numbers_depend_on_image_step_position_and_seed_alone() -> None:
         assert (noise.uniform(step, 50) != many).float().mean() > 0.99
 
 
+def test_steps_that_are_known_beforehand() -> None:
+    """Computed at once or one by one, before or after what was known, the numbers are the same."""
+    images, positions = torch.tensor([0, 2**33 + 1]), [1, 4, 4, 9]
+    plain, known = PhiloxNoise(2**40 + 7, images), PhiloxNoise(2**40 + 7, images, positions)
+    for step, n in enumerate([*positions, 3]):
+        assert torch.equal(plain.uniform(step, n), known.uniform(step, n))
+
+
 def test_uniformity() -> None:
     values = PhiloxNoise(0, torch.arange(1000)).uniform(0, 100)
     assert values.min() > 0 and values.max() < 1
