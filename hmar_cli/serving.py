@@ -28,7 +28,7 @@ from hmar_cli.errors import UserError
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.pictures.editing import Plan, edit_picture, plan_region, plan_room, reconstruction, sheet
-from hmar_cli.pictures.painter import ModelPainter, without_condition
+from hmar_cli.pictures.painter import ModelPainter
 from hmar_cli.pictures.picture import Picture, Pixels, read_picture
 from hmar_cli.pictures.regions import Length, room_around
 from hmar_cli.report import save_png
@@ -183,19 +183,16 @@ class Studio:
         yield self._save(overview, folder / f"{wish.path.stem}-sheet.png")
 
     def _painter(self, wish: Wish) -> ModelPainter:
-        settings = self.settings
         conditions: Conditions | None = None
-        if wish.target is None:
-            settings = without_condition(settings)
-        elif self.prompts is not None:
+        if wish.target is not None and self.prompts is not None:
             conditions = replace(self.prompts, prompts=(str(wish.target),))
-        else:
+        elif wish.target is not None:
             conditions = Labels((int(wish.target),))
         keep = 0 if wish.kind == "whole" else self.keep_scales
         edit = EditSettings(strength=wish.strength, keep_scales=keep)
         model, codec = self.model, self.tokenizer
         return ModelPainter(
-            model, codec, conditions, settings, edit, seed=wish.seed, precision=self.precision
+            model, codec, conditions, self.settings, edit, seed=wish.seed, precision=self.precision
         )
 
     def _save(self, image: Image.Image, target: Path) -> Path:

@@ -1,7 +1,6 @@
 """`hmar edit`: draw a part of a picture anew, the room around it, or the whole of it as something else."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from hmar_cli.errors import UserError
 if TYPE_CHECKING:
     from hmar_cli.checkpoints.store import Checkpoint
     from hmar_cli.pictures.request import Kind
+    from hmar_cli.sampling.images import Conditions
     from hmar_cli.serving import Studio
 
 EXAMPLES = """
@@ -192,26 +192,19 @@ def edit(
     from hmar_cli.launch import choose_device
 
     place, source = choose_device(device), open_checkpoint(checkpoint)
-    conditioned = check_condition(source, kind, label, prompt or [], asked)
     settings = drawing.resolve(source, asked)
+    conditions = read_conditions(source, label, prompt or [], asked, loading.text_weights)
     chosen = edit_settings(source.recipe.tokenizer, request.whole, strength, keep_scales)
-    text = drawing.text_settings(source, loading.text_weights)
+    if erase is None:
+        erase = erases(chosen, request.whole)
     from hmar_cli.builders import load_model
-    from hmar_cli.pictures.painter import ModelPainter, without_condition
+    from hmar_cli.pictures.painter import ModelPainter
     from hmar_cli.pictures.run import Run
 
     model, codec, _ = load_model(checkpoint, loading.weights, loading.tokenizer)
-    conditions = None
-    if conditioned:
-        classes = [] if prompt else drawing.parse_labels(label, source.class_names)
-        conditions = drawing.conditions_for(text, classes, prompt or [])
-    else:
-        settings = without_condition(settings)
     painter = ModelPainter(
         model.to(place), codec.to(place), conditions, settings, chosen, seed=seed, precision=loading.precision
     )
-    if erase is None:
-        erase = erases(chosen, request.whole)
     about = {
         "checkpoint": str(source.folder),
         "weights": source.weights_file(loading.weights).stem,
@@ -221,8 +214,8 @@ def edit(
         "erase": erase,
         "match_colours": match_colours,
         "seed": seed,
-        **(conditions.describe() if conditions else {}),
-        **{name: value for name, value in asdict(settings).items() if name != "batch_size"},
+        **painter.conditions.describe(),
+        **{name: value for name, value in asdict(painter.settings).items() if name != "batch_size"},
     }
     run = Run(request, painter, about, out, variations, batch_size or source.recipe.sample.batch_size)
     report = run.look(files) if dry_run else run.edit(files)
@@ -321,13 +314,18 @@ def choose_kind(inpaint: bool, outpaint: bool, class_edit: bool, label: bool, pr
     return kinds[0]
 
 
-def check_condition(
-    checkpoint: "Checkpoint", kind: "Kind", label: str, prompts: Sequence[str], given: dict[str, Any]
-) -> bool:
-    """See that the model knows what is asked for; whether anything is.
+def read_conditions(
+    checkpoint: "Checkpoint",
+    label: str,
+    prompts: list[str],
+    given: dict[str, Any],
+    text_weights: Path | None,
+) -> "Conditions | None":
+    """What the variations are of; None where neither a class nor a text is asked for.
 
     Raises:
-        UserError: a label for a text model, a text for a model of classes, or guidance towards nothing.
+        UserError: a label for a text model, a text for a model of classes, a class that it does not know, or
+            guidance towards nothing.
     """
     if checkpoint.recipe.text is not None and label:
         raise UserError(
@@ -342,4 +340,8 @@ def check_condition(
         raise UserError(
             f"{guides[0]} guides towards a class or a text, and none is given", "give --label or --prompt"
         )
-    return bool(label or prompts)
+    text = drawing.text_settings(checkpoint, text_weights)
+    if not (label or prompts):
+        return None
+    classes = [] if prompts else drawing.parse_labels(label, checkpoint.class_names)
+    return drawing.conditions_for(text, classes, prompts)

@@ -68,8 +68,8 @@ class ModelPainter:
     Args:
         model: in evaluation mode, on its device.
         tokenizer: its tokenizer, there too.
-        conditions: what the variations are of, or None; `settings` must then be `without_condition`.
-        settings: as for sampling.
+        conditions: what the variations are of, or None.
+        settings: as for sampling; `without_condition` where there is none.
         edit: how much is drawn.
         seed: of all random numbers.
         precision: as for sampling.
@@ -89,8 +89,9 @@ class ModelPainter:
         seed: int = 0,
         precision: str = "auto",
     ) -> None:
-        self.model, self.tokenizer, self.settings, self.edit = model, tokenizer, settings, edit
+        self.model, self.tokenizer, self.edit = model, tokenizer, edit
         self.conditions = conditions or Unconditional(model)
+        self.settings = settings if conditions else without_condition(settings)
         self.seed, self.precision, self.settled = seed, precision, False
         self.size, self.token = model_size(model, tokenizer), tokenizer.stride
         self.device = next(model.parameters()).device
