@@ -5,6 +5,7 @@ Without a GPU Triton's kernels run in its interpreter, which has to be known bef
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from hmar_cli.settings import KlObjective, Msvq, MsvqObjective, Recipe
+
+sys.path.insert(0, str(Path(__file__).parent))  # for toy_runs.py
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from toy_runs import FAMILIES
 from typer.testing import CliRunner
 
 from hmar_cli import serving
@@ -24,74 +25,13 @@ from hmar_cli.app import app
 from hmar_cli.builders import load_model
 from hmar_cli.checkpoints.store import open_checkpoint
 from hmar_cli.commands.drawing import conditions_for, resolve
+from hmar_cli.data.shapes import SHAPES
 from hmar_cli.errors import UserError
 from hmar_cli.pictures.picture import read_picture
 from hmar_cli.recipe import load_recipe
 from hmar_cli.serving import Studio, Wish, copy_to_paint_on, in_page_words, is_loopback, region_of
 from hmar_cli.settings import Recipe
 
-VAR = """
-[data]
-source = "builtin:shapes"
-size = 16
-[tokenizer]
-kind = "msvq"
-channels = 8
-multipliers = [1, 2]
-res_blocks = 1
-z_channels = 8
-vocab_size = 16
-scales = [1, 2, 4, 8]
-[model]
-kind = "next-scale"
-pattern = "causal"
-depth = 1
-width = 16
-heads = 2
-num_classes = 2
-[sample]
-kind = "next-scale"
-top_k = 16
-top_p = 0.0
-"""
-TEXT = """
-[data]
-source = "builtin:scenes"
-size = 16
-[tokenizer]
-kind = "kl"
-channels = 8
-multipliers = [1, 2]
-res_blocks = 1
-z_channels = 4
-latent_scale = 0.5
-[model]
-kind = "masked-ar"
-pivots = "none"
-scale_vector = "none"
-dense_head = "mlp"
-encoder_depth = 1
-decoder_depth = 1
-width = 16
-heads = 2
-buffer_size = 2
-dense_head_depth = 1
-dense_head_width = 16
-num_classes = 8
-[objective]
-kind = "masked-ar"
-[sample]
-kind = "masked-ar"
-steps = 3
-head_sampler = "dpm++"
-head_steps = 3
-[text]
-kind = "joint"
-width = 16
-depth = 1
-heads = 2
-context_length = 12
-"""
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 MISSING = [name for name in ("gradio", "playwright") if importlib.util.find_spec(name) is None]
 MISSING += [] if BROWSER else ["a chromium of the system"]
@@ -106,10 +46,10 @@ SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]
 def world(tmp_path_factory: pytest.TempPathFactory, save_random: SaveRandom) -> Path:
     """A folder with two random checkpoints and some pictures."""
     folder = tmp_path_factory.mktemp("serving")
-    for name, text in {"var": VAR, "text": TEXT}.items():
-        (folder / f"{name}.toml").write_text(text)
+    for name in ("var", "text"):
+        (folder / f"{name}.toml").write_text(FAMILIES[name])
         recipe = load_recipe(str(folder / f"{name}.toml"))
-        save_random(folder / name, recipe, ("circle", "square") if name == "var" else ())
+        save_random(folder / name, recipe, SHAPES if name == "var" else ())
     pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     (folder / "not a picture.png").write_text("hello")

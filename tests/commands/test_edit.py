@@ -9,111 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from toy_runs import FAMILIES
 from typer.testing import CliRunner
 
 from hmar_cli import report
 from hmar_cli.app import app
 from hmar_cli.builders import load_model
+from hmar_cli.data.shapes import SHAPES
 from hmar_cli.pictures import picture as limits
-from hmar_cli.pictures.painter import ModelPainter, without_condition
+from hmar_cli.pictures.painter import ModelPainter
 from hmar_cli.pictures.request import SUFFIXES
 from hmar_cli.recipe import load_recipe
 from hmar_cli.sampling.editing import EditSettings
 from hmar_cli.settings import Recipe
 
-MSVQ = """
-[data]
-source = "builtin:shapes"
-size = 16
-[tokenizer]
-kind = "msvq"
-channels = 8
-multipliers = [1, 2]
-res_blocks = 1
-z_channels = 8
-vocab_size = 16
-scales = [1, 2, 4, 8]
-"""
-NEXT = (
-    MSVQ
-    + """
-[model]
-kind = "next-scale"
-pattern = "PATTERN"
-depth = 2
-width = 64
-heads = 2
-num_classes = 8
-[sample]
-kind = "next-scale"
-top_k = 16
-top_p = 0.0
-"""
-)
-VAR = NEXT.replace("PATTERN", "causal")
-HMAR = (
-    NEXT.replace("PATTERN", "diagonal")
-    + """schedule = [[1], [1, 3], [16], [64]]
-[objective]
-kind = "masked"
-layers = 1
-"""
-)
-HIMAR = """
-[data]
-source = "builtin:scenes"
-size = 16
-pivot_size = 8
-[tokenizer]
-kind = "kl"
-channels = 8
-multipliers = [1, 2]
-res_blocks = 1
-z_channels = 4
-latent_scale = 0.5
-[model]
-kind = "masked-ar"
-pivots = "conditional"
-scale_vector = "table"
-dense_head = "transformer"
-encoder_depth = 1
-decoder_depth = 1
-width = 16
-heads = 2
-buffer_size = 2
-pivot_head_depth = 1
-pivot_head_width = 16
-dense_head_depth = 1
-dense_head_width = 16
-dense_head_heads = 2
-num_classes = 8
-[objective]
-kind = "masked-ar"
-[sample]
-kind = "masked-ar"
-steps = 3
-pivot_steps = 2
-head_sampler = "dpm++"
-head_steps = 3
-pivot_head_steps = 3
-"""
-MAR = (
-    HIMAR.replace('"conditional"', '"none"').replace('"table"', '"none"').replace('"transformer"', '"mlp"', 1)
-)
-TEXT = (
-    HIMAR
-    + """
-[text]
-kind = "joint"
-width = 16
-depth = 1
-heads = 2
-context_length = 12
-"""
-)
-RECIPES = {"var": VAR, "hmar": HMAR, "mar": MAR, "himar": HIMAR, "text": TEXT}
-FAMILIES = ["var", "hmar", "mar", "himar"]
-CLASSES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
+NAMES = ["var", "hmar", "mar", "himar"]
 
 
 def hmar(*arguments: object) -> Any:
@@ -127,10 +37,10 @@ SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]
 def world(tmp_path_factory: pytest.TempPathFactory, save_random: SaveRandom) -> Path:
     """A folder with a random checkpoint of each family, and a text model."""
     folder = tmp_path_factory.mktemp("edit")
-    for name, text in RECIPES.items():
+    for name, text in FAMILIES.items():
         (folder / f"{name}.toml").write_text(text)
         recipe = load_recipe(str(folder / f"{name}.toml"))
-        save_random(folder / name, recipe, CLASSES)
+        save_random(folder / name, recipe, SHAPES)
     return folder
 
 
@@ -167,7 +77,7 @@ def refused(result: Any, line: str) -> None:
 BOX = ("--inpaint", "--box", "0.25,0.25,0.75,0.75", "--feather", 2)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_box_of_a_picture_of_another_size_and_shape(world: Path, tmp_path: Path, name: str) -> None:
     before = make_picture(tmp_path / "a.png", 30, 44)
     after = edited(world, name, tmp_path / "a.png", tmp_path / "out", *BOX, "--variations", 3)
@@ -182,7 +92,7 @@ def test_a_box_of_a_picture_of_another_size_and_shape(world: Path, tmp_path: Pat
     assert (record["feather"], record["seed"], record["cfg"]) == (2, 0, 0)  # no class: no guidance
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_seed_gives_the_same_edit_in_any_batch(world: Path, tmp_path: Path, name: str) -> None:
     make_picture(tmp_path / "a.png", 20, 20)
     runs = {"one": ("--batch-size", 1), "three": ("--batch-size", 3), "other": ("--seed", 1)}
@@ -195,7 +105,7 @@ def test_the_same_seed_gives_the_same_edit_in_any_batch(world: Path, tmp_path: P
     assert np.abs(one - other).max() > 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_full_region_is_plain_sampling(world: Path, tmp_path: Path, name: str) -> None:
     make_picture(tmp_path / "a.png", 16, 16)
     flags = ("--class-edit", "--label", "star", "--box", "0,0,1.0,1.0", "--keep-scales", 0, "--variations", 2)
@@ -206,7 +116,7 @@ def test_a_full_region_is_plain_sampling(world: Path, tmp_path: Path, name: str)
     assert (after == plain).all()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_panorama_of_a_square(world: Path, tmp_path: Path, name: str) -> None:
     before = make_picture(tmp_path / "a.png", 16, 16)
     flags = ("--outpaint", "--canvas", "64x16", "--variations", 2, "--feather", 1)
@@ -451,8 +361,8 @@ def test_every_suffix_of_a_folder_is_one_that_can_be_opened() -> None:
 @pytest.mark.parametrize("name", ["hmar", "himar"])
 def test_windows_and_variations_have_random_numbers_of_their_own(world: Path, name: str) -> None:
     model, tokenizer, checkpoint = load_model(world / name)
-    settings = without_condition(checkpoint.recipe.sample)  # type: ignore[arg-type]
-    painter = ModelPainter(model, tokenizer, None, settings, EditSettings(), seed=3)
+    settings = checkpoint.recipe.sample
+    painter = ModelPainter(model, tokenizer, None, settings, EditSettings(), seed=3)  # type: ignore[arg-type]
     images = np.full((2, 16, 16, 3), 90, np.uint8)
     region = np.zeros((16, 16), np.float32)
     region[:, 8:] = 1

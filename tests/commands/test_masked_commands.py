@@ -9,22 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from toy_runs import JOINT_TEXT, KL, MASKED_AR, NO_PIVOTS
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
 
-TOKENIZER = """
+TOKENIZER = f"""
 [data]
 source = "builtin:scenes?count=40"
 size = 16
 pivot_size = 8
 mirror = false
-[tokenizer]
-kind = "kl"
-channels = 8
-multipliers = [1, 2]
-res_blocks = 1
-z_channels = 4
+{KL}
 [objective]
 kind = "kl"
 perceptual = "none"
@@ -35,23 +31,12 @@ log_every = 1
 save_every = 2
 sample_every = 2
 """
-MODEL = """
+MODEL = f"""
 [data]
 extends = "./kl.toml"
 [tokenizer]
 extends = "./kl.toml"
-[model]
-kind = "masked-ar"
-encoder_depth = 1
-decoder_depth = 1
-width = 16
-heads = 2
-buffer_size = 2
-pivot_head_depth = 1
-pivot_head_width = 16
-dense_head_depth = 1
-dense_head_width = 16
-dense_head_heads = 2
+{MASKED_AR}
 [objective]
 kind = "masked-ar"
 [optim]
@@ -71,22 +56,8 @@ pivot_steps = 4
 head_steps = 4
 pivot_head_steps = 4
 """
-TEXT = """
-extends = "./himar.toml"
-[text]
-kind = "joint"
-width = 16
-depth = 1
-heads = 2
-context_length = 12
-"""
-MAR = """
-extends = "./himar.toml"
-[model]
-pivots = "none"
-scale_vector = "none"
-dense_head = "mlp"
-"""
+TEXT = f'extends = "./himar.toml"\n{JOINT_TEXT}'
+MAR = f'extends = "./himar.toml"\n[model]\n{NO_PIVOTS}'
 
 
 def hmar(*arguments: object) -> Any:

@@ -1,37 +1,21 @@
 """`hmar sample` in several processes, started as a user starts them: the files of one process, to the byte."""
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from toy_runs import MSVQ, run_python
 
-from hmar_cli.builders import build_model, build_tokenizer
-from hmar_cli.checkpoints.store import save_checkpoint
 from hmar_cli.recipe import load_recipe
+from hmar_cli.settings import Recipe
 
-ROOT = Path(__file__).parents[2]
 NAMES = ("circle", "square", "star")
-TOKENIZER = """
+MODEL = f"""
 [data]
 size = 8
-[tokenizer]
-channels = 32
-multipliers = [1, 1]
-res_blocks = 1
-z_channels = 8
-vocab_size = 32
-scales = [1, 2, 4]
-phi_count = 2
-[objective]
-kind = "msvq"
-"""
-MODEL = """
-extends = "./tokenizer.toml"
+{MSVQ}
 [model]
 depth = 2
 width = 32
@@ -45,33 +29,21 @@ layers = 1
 top_k = 8
 schedule = [[1], [1, 3], [4, 12]]
 """
+SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, save_random: SaveRandom) -> Path:
     """A random HMAR with both branches, and its tokenizer."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, text in (("tokenizer", TOKENIZER), ("model", MODEL)):
-        (folder / f"{name}.toml").write_text(text)
-    recipe = load_recipe(str(folder / "tokenizer.toml"))
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(recipe.tokenizer)
-    about: dict[str, Any] = {"step": 0, "tokenizer_hash": tokenizer.fingerprint(), "class_names": NAMES}
-    weights = {"model": tokenizer.state_dict()}
-    save_checkpoint(folder / "tokenizer", recipe=recipe, weights=weights, tokenizer=None, **about)
-    recipe = load_recipe(str(folder / "model.toml"))
-    weights = {"model": build_model(recipe).state_dict()}
-    save_checkpoint(folder / "model", recipe=recipe, weights=weights, tokenizer=folder / "tokenizer", **about)
+    (folder / "model.toml").write_text(MODEL)
+    save_random(folder / "model", load_recipe(str(folder / "model.toml")), NAMES)
     return folder / "model"
 
 
 def sample(checkpoint: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hmar_cli", "sample", "--checkpoint", str(checkpoint), "--out", str(out)]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / ".typing"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return subprocess.run(
-        [*command, "--device", "cpu", *more], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = ("-m", "hmar_cli", "sample", "--checkpoint", checkpoint, "--out", out)
+    return run_python(*command, "--device", "cpu", *more)
 
 
 def files(out: Path) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from test_cache import contents, flip_last_bit
+from toy_runs import MSVQ
 from typer.testing import CliRunner, Result
 
 from hmar_cli.app import app
@@ -25,20 +26,13 @@ from hmar_cli.files import file_sha256
 from hmar_cli.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
+RECIPE = f"""
 name = "toy-msvq"
 [data]
 source = "builtin:shapes?count=10"
 size = 8
 mirror = false
-[tokenizer]
-channels = 32
-multipliers = [1, 1]
-res_blocks = 1
-z_channels = 8
-vocab_size = 32
-scales = [1, 2, 4]
-phi_count = 2
+{MSVQ}
 [objective]
 kind = "msvq"
 perceptual = "none"
@@ -94,7 +88,7 @@ def test_a_cache_holds_what_the_tokenizer_says(tokenizer: Path, tmp_path: Path) 
         zip(source.class_names, np.bincount(cache.labels, minlength=8), strict=True)
     )
     cut = image_transform(8, "adm", train=False)
-    pixels = np.stack([cut(source[i].image, np.random.default_rng(0)) for i in range(21)])  # type: ignore[arg-type]
+    pixels = np.stack([cut(source[i].image) for i in range(21)])  # type: ignore[arg-type]
     pictures = np.stack([pixels, pixels[:, :, ::-1]], axis=1).reshape(42, 8, 8, 3)
     with torch.inference_mode():  # four at once, as above: rounding depends on it
         tokens = [model.encode(to_tensor(pictures[i : i + 4])).numpy() for i in range(0, 42, 4)]

@@ -8,7 +8,7 @@ import pytest
 from hmar_cli.recipe import load_recipe
 from hmar_cli.settings import Recipe
 
-sys.path.insert(0, str(Path(__file__).parent))  # for toys.py and toy_runs.py
+sys.path.insert(0, str(Path(__file__).parent))  # for toys.py
 from toy_runs import MASKED, RECIPE, TOKENIZER, make_cache
 
 

@@ -1,4 +1,4 @@
-"""Recipes and caches of a tiny run, and processes to run it in."""
+"""Recipes of tiny models, caches of a tiny run, and processes to run it in."""
 
 import os
 import subprocess
@@ -17,14 +17,10 @@ from hmar_cli.data.transforms import to_tensor
 from hmar_cli.data.writer import CacheWriter
 from hmar_cli.settings import MsvqObjective, Recipe
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 IMAGES = 30
 
-RECIPE = """
-name = "toy"
-[data]
-size = 8
-mirror = true
+MSVQ = """
 [tokenizer]
 channels = 32
 multipliers = [1, 1]
@@ -33,7 +29,15 @@ z_channels = 8
 vocab_size = 32
 scales = [1, 2, 4]
 phi_count = 2
-[model]
+"""
+"""A tokenizer of pictures of 8 px, a part of a recipe."""
+
+RECIPE = f"""
+name = "toy"
+[data]
+size = 8
+mirror = true
+{MSVQ}[model]
 pattern = "diagonal"
 depth = 2
 width = 32
@@ -75,20 +79,12 @@ sample_every = 4
 schedule = [[1], [1, 3], [16]]
 """
 
-TOKENIZER = """
+TOKENIZER = f"""
 name = "toy-msvq"
 [data]
 source = "builtin:shapes?count=16"
 size = 8
-[tokenizer]
-channels = 32
-multipliers = [1, 1]
-res_blocks = 1
-z_channels = 8
-vocab_size = 32
-scales = [1, 2, 4]
-phi_count = 2
-[objective]
+{MSVQ}[objective]
 kind = "msvq"
 perceptual = "none"
 revive_after = 2
@@ -103,6 +99,95 @@ log_every = 1
 save_every = 2
 sample_every = 4
 """
+
+NEXT_SCALE = """
+[data]
+source = "builtin:shapes"
+size = 16
+[tokenizer]
+kind = "msvq"
+channels = 8
+multipliers = [1, 2]
+res_blocks = 1
+z_channels = 8
+vocab_size = 16
+scales = [1, 2, 4, 8]
+[model]
+kind = "next-scale"
+pattern = "PATTERN"
+depth = 2
+width = 64
+heads = 2
+num_classes = 8
+[sample]
+kind = "next-scale"
+top_k = 16
+top_p = 0.0
+"""
+HMAR_REST = """schedule = [[1], [1, 3], [16], [64]]
+[objective]
+kind = "masked"
+layers = 1
+"""
+KL = """
+[tokenizer]
+kind = "kl"
+channels = 8
+multipliers = [1, 2]
+res_blocks = 1
+z_channels = 4
+"""
+"""Another, of pictures of 16 px; `latent_scale` may follow."""
+
+MASKED_AR = """
+[model]
+kind = "masked-ar"
+encoder_depth = 1
+decoder_depth = 1
+width = 16
+heads = 2
+buffer_size = 2
+pivot_head_depth = 1
+pivot_head_width = 16
+dense_head_depth = 1
+dense_head_width = 16
+dense_head_heads = 2
+"""
+"""A Hi-MAR for it; more of [model] may follow, such as `NO_PIVOTS`, which makes it a MAR."""
+
+NO_PIVOTS = """pivots = "none"
+scale_vector = "none"
+dense_head = "mlp"
+"""
+HIMAR_REST = """num_classes = 8
+[data]
+source = "builtin:scenes"
+size = 16
+pivot_size = 8
+[objective]
+kind = "masked-ar"
+[sample]
+kind = "masked-ar"
+steps = 3
+pivot_steps = 2
+head_sampler = "dpm++"
+head_steps = 3
+pivot_head_steps = 3
+"""
+JOINT_TEXT = """
+[text]
+kind = "joint"
+width = 16
+depth = 1
+heads = 2
+context_length = 12
+"""
+VAR = NEXT_SCALE.replace("PATTERN", "causal")
+HMAR = NEXT_SCALE.replace("PATTERN", "diagonal") + HMAR_REST
+HIMAR = f"{KL}latent_scale = 0.5\n{MASKED_AR}{HIMAR_REST}"
+MAR = f"{KL}latent_scale = 0.5\n{MASKED_AR}{NO_PIVOTS}{HIMAR_REST}"
+FAMILIES = {"var": VAR, "hmar": HMAR, "mar": MAR, "himar": HIMAR, "text": HIMAR + JOINT_TEXT}
+"""Whole recipes that draw pictures of 16 px, of eight classes or of what a text says."""
 
 
 def make_cache(
