@@ -208,10 +208,15 @@ class MaskedArTraining(Objective):
         return [rows * columns for rows, columns in grids]
 
     def draw_counts(self) -> list[tuple[int, int]]:
-        """Masked tokens and all tokens of each phase; drawn on the host, so that nothing waits for the device."""
+        """Masked tokens and all tokens of each phase.
+
+        They are drawn on the host, so that nothing waits for the device, and are the same on all processes, so that
+        none waits for the one with the most visible tokens; each step's law is that of the released code, where
+        every process draws its own.
+        """
         laws = [self.settings.pivot_masking, self.settings.dense_masking][-len(self.totals()) :]
         return [
-            (masked_count(total, law, torch.rand(()).item()), total)
+            (masked_count(total, law, torch.rand((), generator=self.shared).item()), total)
             for total, law in zip(self.totals(), laws, strict=True)
         ]
 

@@ -24,9 +24,12 @@ class Objective(nn.Module, ABC):
             search of the graph when several processes train.
         graphable: True where steps can be CUDA graphs: every trained parameter gets a gradient in every step, and
             what differs between steps is on the device or told by `draw_shapes`.
+        shared: generator on the CPU for what all processes draw alike; the trainer gives one for every micro-batch,
+            and None, before, is PyTorch's own.
     """
 
     networks: dict[str, nn.Module]
+    shared: torch.Generator | None = None
     unused_parameters: bool = False
     graphable: bool = False
 

@@ -270,7 +270,7 @@ class Trainer:
             batch = next(stream)
             if "index" in batch:
                 self.recent.append((self.step, batch.pop("index")))
-            seed_step(train.seed, self.step, micro, self.rank)
+            self.objective.shared = seed_step(train.seed, self.step, micro, self.rank)
             loss, metrics = self.gradients(batch, last=micro == train.accumulate - 1)
             self.means.add({"loss": loss, **metrics})
             finite &= loss.detach().isfinite()
@@ -594,10 +594,15 @@ def make_plan(
     )
 
 
-def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
-    """Seed PyTorch's generators by the place in the run alone."""
-    words = np.random.SeedSequence((seed, step, micro, rank)).generate_state(2, np.uint32)
-    torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+def seed_step(seed: int, step: int, micro: int, rank: int) -> torch.Generator:
+    """Seed PyTorch's generators by the place in the run alone; return one more, the same for every rank."""
+
+    def mix(*place: int) -> int:
+        words = np.random.SeedSequence(place).generate_state(2, np.uint32)
+        return int(words[0]) << 31 ^ int(words[1])
+
+    torch.manual_seed(mix(seed, step, micro, rank))
+    return torch.Generator().manual_seed(mix(seed, step, micro, 0, 1))  # the 1 is in no rank's seed
 
 
 def report(row: Row, total: int, batch: int) -> None:

@@ -7,9 +7,20 @@ import torch
 
 from hmar_cli.builders import build_model, build_objective, build_tokenizer
 from hmar_cli.models.masked import MaskedTransformer
-from hmar_cli.settings import Data, JointText, Kl, MaskedAr, MaskedArObjective, MaskedArSample, Recipe
+from hmar_cli.settings import (
+    Data,
+    JointText,
+    Kl,
+    MaskedAr,
+    MaskedArObjective,
+    MaskedArSample,
+    Optim,
+    Recipe,
+    Train,
+)
 from hmar_cli.training.masked import Count, Draws, MaskedArTraining, masked_count, room_for
 from hmar_cli.training.optimizer import parameter_groups
+from hmar_cli.training.trainer import Trainer
 
 ROWS = {  # of Hi-MAR's Table 5: pivots, head 1, head 2, scale vector
     "mar": ("none", "mlp", "mlp", "none"),
@@ -133,6 +144,33 @@ def test_masked_counts_are_those_of_the_host() -> None:
     first = objective.draw_counts()
     torch.manual_seed(3)
     assert objective.draw_counts() == first and [total for _, total in first] == [16, 64]
+
+
+def test_processes_draw_one_count_and_their_own_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So none waits for the one that sees the most tokens. Resuming draws the same again."""
+    drawn: list[Draws] = []
+    plain = MaskedArTraining.draw
+    monkeypatch.setattr(
+        MaskedArTraining, "draw", lambda self, *given: drawn.append(plain(self, *given)) or drawn[-1]
+    )
+
+    def follow(rank: int, first: int = 0) -> list[Draws]:
+        recipe = Recipe(optim=Optim(base_lr=1e-3), train=Train(batch_size=8, accumulate=2, steps=6))
+        trained = Trainer(build("scale vector"), recipe, 64, "cpu")
+        trained.rank, trained.step = rank, first
+        stream = (batch(4) for _ in range(99))
+        drawn.clear()
+        while trained.step < 6:
+            trained.train_step(stream)
+        return list(drawn)
+
+    one, other = follow(0), follow(1)
+    assert [draws.count for draws in one] == [draws.count for draws in other]
+    assert len({draws.count.masked for draws in one[::2]}) > 6  # dense ones of 12 micro-batches
+    assert not any(torch.equal(mine.order, theirs.order) for mine, theirs in zip(one, other, strict=True))
+    again = follow(1, first=4)
+    assert [draws.count for draws in again] == [draws.count for draws in one[-8:]]
+    assert all(torch.equal(new.noise, old.noise) for new, old in zip(again, other[-8:], strict=True))
 
 
 def with_room(draws: Draws, tokens: int) -> Draws:

@@ -340,12 +340,12 @@ def test_graphs_are_left_out_without_a_gpu_and_it_is_said(capfd: pytest.CaptureF
 def test_seeds_differ_by_step_micro_batch_rank_and_seed():
     drawn = set()
     for place in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]:
-        trainer_module.seed_step(*place)
-        first = torch.rand(2).tolist()
-        trainer_module.seed_step(*place)
-        assert torch.rand(2).tolist() == first
-        drawn.add(tuple(first))
-    assert len(drawn) == 5
+        shared = trainer_module.seed_step(*place)
+        first, alike = torch.rand(2), torch.rand(2, generator=shared)
+        shared = trainer_module.seed_step(*place)
+        assert torch.equal(torch.rand(2), first) and torch.equal(torch.rand(2, generator=shared), alike)
+        drawn |= {tuple(first.tolist()), tuple(alike.tolist())}
+    assert len(drawn) == 5 + 4  # of what is shared, the two ranks draw the same
 
 
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
