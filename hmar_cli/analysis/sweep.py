@@ -36,7 +36,7 @@ from hmar_cli.launch import join_processes, wait_for_processes
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Side
 from hmar_cli.report import save_png, to_uint8
-from hmar_cli.sampling.images import Job, generate, resolve_precision, select_attention
+from hmar_cli.sampling.images import Job, Sampler, resolve_precision, select_attention
 
 SECONDS, RATE = "s/image", "images/s"
 """Cells of a row that say how fast its images were drawn, without the time of measuring them."""
@@ -216,6 +216,7 @@ def record(trial: Trial, judge: Judge, device: torch.device, shown: int) -> dict
         "tokenizer": trial.candidate.checkpoint.tokenizer_hash or str(trial.candidate.tokenizer),
         **trial.job.describe(),
         "precision": resolve_precision(device, trial.job.precision),
+        "compile": trial.job.compile,
         "batch_size": trial.job.batch_size,
         "device": name,
         "judge": judge.describe(),
@@ -290,6 +291,7 @@ class Painter:
         """
         if isinstance(self.model, NextScaleTransformer):
             select_attention(self.model, job, resolve_precision(self.device, job.precision))
+        sampler = Sampler(self.model, self.tokenizer, job, self.device)
         self.seconds.clear()
         for number, first in enumerate(range(0, job.count, job.batch_size)):
             indices = range(first, min(first + job.batch_size, job.count))
@@ -297,7 +299,7 @@ class Painter:
                 yield torch.zeros(len(indices), 3, 1, 1, dtype=torch.uint8)
                 continue
             start = time.perf_counter()
-            images, _ = generate(self.model, self.tokenizer, job, indices, self.device)
+            images, _ = sampler(indices)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             if len(indices) == full_batch(job):

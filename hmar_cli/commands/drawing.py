@@ -159,6 +159,20 @@ class Loading:
     precision: Precision = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Loading):
+    """The same for many images."""
+
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the heads of MAR and Hi-MAR; VAR's and HMAR's batches become CUDA graphs. On a GPU, for "
+            "some hundred images or more.",
+        ),
+    ] = False
+
+
 def parse_labels(text: str, class_names: tuple[str, ...]) -> list[int]:
     """Turn "3,cat" into class indices; an empty text is every class.
 
@@ -346,7 +360,7 @@ class Order:
     """
 
     checkpoint: "store.Checkpoint"
-    loading: Loading
+    loading: Drawing
     settings: "NextScaleSample | MaskedArSample"
     text: "ClipText | JointText | None"
     classes: Sequence[int]
@@ -370,6 +384,7 @@ class Order:
             seed=self.loading.seed,
             batch_size=self.batch_size,
             precision=self.loading.precision,
+            compile=self.loading.compile,
         )
 
     def load(self) -> "tuple[Model, Codec, dict[str, Any]]":
@@ -393,7 +408,7 @@ class Order:
 def place_order(
     checkpoint: Path,
     given: dict[str, Any],
-    loading: Loading,
+    loading: Drawing,
     *,
     labels: str,
     prompts: list[str],

@@ -64,7 +64,7 @@ def compbench(
     ],
     prompts: Annotated[Path, typer.Argument(help="Folder of *_val.txt.", show_default=False)],
     sampler: drawing.MaskedSampler,
-    loading: drawing.Loading,
+    loading: drawing.Drawing,
     out: Annotated[Path, typer.Option(help="Folder for images and report.")] = Path("compbench"),
     categories: Annotated[str, typer.Option(help="Such as color,spatial. [default: all files]")] = "",
     per_prompt: Annotated[int, typer.Option(min=1, help="Images of a prompt.")] = 10,

@@ -59,7 +59,7 @@ def samples(
     subject: Annotated[str, typer.Argument(help="Images, or a checkpoint.", show_default=False)],
     contents: drawing.Contents,
     sampler: drawing.Sampler,
-    loading: drawing.Loading,
+    loading: drawing.Drawing,
     reference: Annotated[str, typer.Option(help="Real images, or their statistics.")] = "",
     metrics: Annotated[
         str, typer.Option(help="Of fid,sfid,is,kid,precision,recall. [default: fid, with a reference]")

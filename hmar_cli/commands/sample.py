@@ -2,16 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hmar_cli.commands import drawing
 from hmar_cli.commands.flags import given, with_flags
 from hmar_cli.errors import UserError
-
-if TYPE_CHECKING:
-    from hmar_cli.checkpoints.store import Checkpoint
 
 EXAMPLES = """
 Draw images of chosen classes or prompts from a checkpoint.
@@ -46,7 +43,7 @@ def register(app: typer.Typer) -> None:
 def sample(
     checkpoint: drawing.Checkpoint,
     sampler: drawing.Sampler,
-    loading: drawing.Loading,
+    loading: drawing.Drawing,
     contents: drawing.Contents,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     count: Annotated[int, typer.Option(min=0, help="Images in all; 0 is one a label or prompt.")] = 0,
@@ -56,14 +53,6 @@ def sample(
             "--pivots",
             rich_help_panel=drawing.MASKED_PANEL,
             help="Also write Hi-MAR's low-resolution images.",
-        ),
-    ] = False,
-    compile: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            rich_help_panel=drawing.MASKED_PANEL,
-            help="Compile the heads (GPU): pays from a few hundred images on.",
         ),
     ] = False,
     batch_size: drawing.BatchSize = 0,
@@ -87,13 +76,12 @@ def sample(
         count=count,
         batch_size=batch_size,
     )
-    check_switches(order.checkpoint, pivots, compile)
+    if pivots and getattr(order.checkpoint.recipe.model, "pivots", "none") == "none":
+        raise UserError(f"{order.checkpoint.folder} has no pivots to write", "leave out --pivots")
     if not dry_run:
         delegate(launch, device)
     from hmar_cli.console import console
-    from hmar_cli.models.masked import MaskedTransformer
     from hmar_cli.sampling.images import Keep, draw_images
-    from hmar_cli.sampling.masked import compile_heads
 
     job = order.job()
     model, codec, about = order.load()
@@ -101,9 +89,6 @@ def sample(
     if not dry_run:
         width = columns or (len(order.classes) if 1 < len(order.classes) <= WIDEST else 0)
         keep = Keep(columns=width, npz=npz, pivots=pivots)
-        if compile:
-            assert isinstance(model, MaskedTransformer)
-            compile_heads(model)
         summary = draw_images(model, codec, job, out, device, about, keep)
         leave_processes()
         if summary is None:  # not the process that reports
@@ -112,15 +97,3 @@ def sample(
         console.print(f"{job.count} images in {out}, together in {out / 'grid.png'}")
     if as_json or dry_run:
         print(json.dumps(about, indent=2, ensure_ascii=False))
-
-
-def check_switches(checkpoint: "Checkpoint", pivots: bool, compile: bool) -> None:
-    """Refuse switches that a model has no use for.
-
-    Raises:
-        UserError: pivots of a model without, or compiled heads of one that has none.
-    """
-    if pivots and getattr(checkpoint.recipe.model, "pivots", "none") == "none":
-        raise UserError(f"{checkpoint.folder} has no pivots to write", "leave out --pivots")
-    if compile and checkpoint.recipe.sample.kind != "masked-ar":
-        raise UserError("--compile is for the heads of MAR and Hi-MAR", "leave it out")

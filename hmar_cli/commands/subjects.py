@@ -13,7 +13,7 @@ from hmar_cli.errors import UserError
 from hmar_cli.files import cache_folder, read_json
 
 if TYPE_CHECKING:
-    from hmar_cli.commands.drawing import Contents, Loading, Order
+    from hmar_cli.commands.drawing import Contents, Drawing, Order
     from hmar_cli.data.images import ImageSource
 
 LONG = 32
@@ -156,7 +156,7 @@ def condensed(record: Mapping[str, Any]) -> dict[str, Any]:
 def order_images(
     checkpoint: Path,
     asked: dict[str, Any],
-    loading: "Loading",
+    loading: "Drawing",
     contents: "Contents",
     count: int,
     batch_size: int,

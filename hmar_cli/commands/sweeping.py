@@ -47,7 +47,7 @@ class Flags:
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of all samplers.")
     ] = None
     contents: drawing.Contents = drawing.Contents()  # noqa: RUF009
-    loading: drawing.Loading = drawing.Loading()  # noqa: RUF009
+    loading: drawing.Drawing = drawing.Drawing()  # noqa: RUF009
     batch_size: drawing.BatchSize = 0
     device: drawing.Device = ""
     shown: Annotated[int, typer.Option(min=1, max=64, help="Images of each setting in the grid.")] = 8

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
-from hmar_cli.sampling.images import autocast, decode, name_broken_numbers, parts
+from hmar_cli.sampling.images import autocast, decode, name_broken_numbers, parts, require_finite
 from hmar_cli.sampling.masked import KnownTokens, sample_masked
 from hmar_cli.sampling.next_scale import KeptTokens, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
@@ -169,7 +169,7 @@ def edit_images(
     """Draw a region of pictures anew.
 
     A full region with strength 1 gives what the sampler draws of the same noise; an empty one what the tokenizer
-    makes of the pictures. As in `generate`, a picture comes out the same in any batch: its random numbers are those
+    makes of the pictures. As by `Sampler`, a picture comes out the same in any batch: its random numbers are those
     of its index in `noise`, and on a CPU it is encoded and decoded alone.
 
     Args:
@@ -213,7 +213,7 @@ def edit_images(
         known = _known_tokens(tokenizer, images, views, edit, len(condition))
         with autocast(images.device, precision):
             sampled = sample_masked(model, condition, settings, noise, known=known)
-            return decode(tokenizer.decode_latents, parts(sampled.latents))
+            return require_finite(decode(tokenizer.decode_latents, parts(sampled.latents)))
 
 
 def _edit_token_maps(
@@ -238,10 +238,10 @@ def _edit_token_maps(
     with autocast(images.device, precision):
         tokens, f_hat = sample_next_scale(model, quantizer, condition, settings, noise, kept=kept)
         if images.is_cuda:
-            return decode(tokenizer.decode, [f_hat])
+            return require_finite(tokenizer.decode(f_hat))
         alone = [replace(kept, tokens=kept.tokens[i : i + 1]) for i in range(batch)]
         maps = [each.f_hat(part, quantizer) for each, part in zip(alone, tokens.split(1), strict=True)]
-        return decode(tokenizer.decode, maps)
+        return require_finite(decode(tokenizer.decode, maps))
 
 
 def _known_tokens(

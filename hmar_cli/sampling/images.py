@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +26,7 @@ from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.report import image_grid, save_png, to_uint8
 from hmar_cli.sampling import masked, next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
+from hmar_cli.sampling.replay import Replay
 from hmar_cli.settings import MaskedArSample, NextScaleSample
 from hmar_cli.tokenizers.kl import KlAutoencoder
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
@@ -87,7 +91,10 @@ class Prompts:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A set of images to draw: image i has condition i (modulo their number) and the noise of (seed, i)."""
+    """A set of images to draw: image i has condition i (modulo their number) and the noise of (seed, i).
+
+    Where `compile`, heads of MAR and Hi-MAR are compiled, and batches of VAR and HMAR are CUDA graphs on a GPU.
+    """
 
     settings: NextScaleSample | MaskedArSample
     conditions: Conditions
@@ -95,9 +102,10 @@ class Job:
     seed: int
     batch_size: int
     precision: str = "auto"
+    compile: bool = False
 
     def describe(self) -> dict[str, Any]:
-        """Every setting that the images depend on, but for the precision, which the device decides."""
+        """Every setting that the images depend on, but for precision and compilation, which the device decides."""
         settings = asdict(self.settings)
         del settings["batch_size"]
         return {
@@ -142,41 +150,99 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-@torch.inference_mode()
-def generate(
-    model: NextScaleTransformer | MaskedTransformer,
-    tokenizer: MultiScaleVQ | KlAutoencoder,
-    job: Job,
-    indices: Sequence[int],
-    device: torch.device,
-) -> tuple[Tensor, Tensor | None]:
-    """Draw the images of `indices`.
+@contextlib.contextmanager
+def logits_by_tensor_cores(precision: str) -> Iterator[None]:
+    """Let float32 products be of TF32, as in training, unless `precision` is "fp32".
 
-    On a CPU each image is decoded alone, since convolutions round differently in batches of different size.
-
-    Returns:
-        Images [B, 3, H, W] in [-1, 1], and Hi-MAR's low-resolution ones [B, 3, H', W'].
-
-    Raises:
-        UserError: the model gave numbers that are not finite.
+    Not for diffusion heads, whose first step multiplies their error with some hundreds.
     """
-    condition = job.conditions.encode(indices, device)
-    noise = PhiloxNoise(job.seed, torch.tensor(indices, device=device))
-    with name_broken_numbers(indices), autocast(device, job.precision):
-        if isinstance(model, NextScaleTransformer):
-            assert isinstance(tokenizer, MultiScaleVQ) and isinstance(job.settings, NextScaleSample)
-            tokens, f_hat = next_scale.sample_next_scale(
-                model, tokenizer.quantizer, condition, job.settings, noise
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before if precision == "fp32" else "high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Sampler:
+    """Draws images of a job, a batch at a time.
+
+    On a GPU a batch smaller than one before it is filled up to that size: what was compiled or recorded for the one
+    serves the other. On a CPU each image is decoded alone, since convolutions round differently in batches of
+    different size.
+
+    Args:
+        model: in evaluation mode, on the device.
+        tokenizer: its tokenizer, there too.
+        job: what to draw.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        model: NextScaleTransformer | MaskedTransformer,
+        tokenizer: MultiScaleVQ | KlAutoencoder,
+        job: Job,
+        device: torch.device,
+    ) -> None:
+        self.model, self.tokenizer, self.job, self.device = model, tokenizer, job, device
+        self.largest = 0  # batch so far
+        masks = isinstance(model, MaskedTransformer)
+        self.paint: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = (
+            self._paint_masked if masks else self._paint_next_scale
+        )
+        if job.compile and isinstance(model, MaskedTransformer):
+            masked.compile_heads(model)
+        elif job.compile and device.type == "cuda":
+            self.paint = Replay(self.paint)
+
+    @torch.inference_mode()
+    def __call__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Draw the images of `indices`.
+
+        Returns:
+            Images [B, 3, H, W] in [-1, 1], and Hi-MAR's low-resolution ones [B, 3, H', W']; their memory may be used
+            again by the next call.
+
+        Raises:
+            UserError: the model or its tokenizer gave numbers that are not finite.
+        """
+        rows = list(indices)
+        if self.device.type == "cuda":
+            self.largest = max(self.largest, len(rows))
+            rows += rows[-1:] * (self.largest - len(rows))
+        condition = self.job.conditions.encode(rows, self.device)
+        with name_broken_numbers(indices):
+            finite, *pictures = self.paint(condition, torch.tensor(rows, device=self.device))
+            if not finite:
+                raise FloatingPointError("the model's logits are not finite")
+            images, *pivots = (require_finite(each)[: len(indices)] for each in pictures)
+        return images, pivots[0] if pivots else None
+
+    def _paint_next_scale(self, labels: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        """Whether all logits are finite, and images; never waits for a GPU."""
+        model, tokenizer, settings = self.model, self.tokenizer, self.job.settings
+        assert isinstance(model, NextScaleTransformer) and isinstance(settings, NextScaleSample)
+        assert isinstance(tokenizer, MultiScaleVQ)
+        noise = PhiloxNoise(self.job.seed, indices, next_scale.draw_counts(settings, model.scales))
+        with autocast(self.device, self.job.precision), logits_by_tensor_cores(self.job.precision):
+            tokens, f_hat, finite = next_scale.draw_next_scale(
+                model, tokenizer.quantizer, labels, settings, noise
             )
-            if device.type == "cuda":
-                return decode(tokenizer.decode, [f_hat]), None
-            return decode(tokenizer.decode_tokens, tokens.split(1)), None
-        assert isinstance(tokenizer, KlAutoencoder) and isinstance(job.settings, MaskedArSample)
-        sampled = masked.sample_masked(model, condition, job.settings, noise)
-        images = decode(tokenizer.decode_latents, parts(sampled.latents))
-        if sampled.pivots is None:
-            return images, None
-        return images, decode(tokenizer.decode_latents, parts(sampled.pivots))
+            if self.device.type == "cuda":
+                return finite, tokenizer.decode(f_hat)
+            return finite, decode(tokenizer.decode_tokens, tokens.split(1))
+
+    def _paint_masked(self, condition: Tensor, indices: Tensor) -> tuple[Tensor, ...]:
+        """True, images, and low-resolution ones."""
+        model, tokenizer, settings = self.model, self.tokenizer, self.job.settings
+        assert isinstance(model, MaskedTransformer) and isinstance(settings, MaskedArSample)
+        assert isinstance(tokenizer, KlAutoencoder)
+        noise = PhiloxNoise(self.job.seed, indices)
+        with autocast(self.device, self.job.precision):
+            sampled = masked.sample_masked(model, condition, settings, noise)
+            latents = [sampled.latents] if sampled.pivots is None else [sampled.latents, sampled.pivots]
+            return torch.tensor(True), *(decode(tokenizer.decode_latents, parts(each)) for each in latents)
 
 
 @contextlib.contextmanager
@@ -197,12 +263,16 @@ def parts(images: Tensor) -> Sequence[Tensor]:
 
 
 def decode(decoder: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1] of what a tokenizer decodes, a batch at a time.
+    """Images [B, 3, H, W] in [-1, 1] of what a tokenizer decodes, a batch at a time."""
+    return torch.cat([decoder(batch) for batch in batches])
+
+
+def require_finite(images: Tensor) -> Tensor:
+    """The images.
 
     Raises:
-        FloatingPointError: images that are not finite.
+        FloatingPointError: they are not finite.
     """
-    images = torch.cat([decoder(batch) for batch in batches])
     if not images.isfinite().all():
         raise FloatingPointError("the tokenizer's pictures are not finite")
     return images
@@ -246,15 +316,17 @@ def draw_images(
     if place.rank == 0:
         for leftover in out.glob(".*.png.*.tmp"):  # of a killed run
             leftover.unlink()
-        write_json(out / "sample.json", {**record, "made_with": _made_with(place, job)})
-    wait_for_processes()
     model, tokenizer = model.to(place.device), tokenizer.to(place.device)
+    attention = ""
     if isinstance(model, NextScaleTransformer):
-        line = select_attention(model, job, record["precision"])
+        attention, reason = select_attention(model, job, record["precision"])
         if place.rank == 0:
-            console.print(line, highlight=False)
+            console.print(f"attention: {attention} ({reason})", highlight=False)
+    if place.rank == 0:
+        write_json(out / "sample.json", {**record, "made_with": _made_with(place, job, attention)})
+    wait_for_processes()
     start = time.perf_counter()
-    times = _draw_share(model, tokenizer, job, out, place, keep)
+    times = _draw_share(Sampler(model, tokenizer, job, place.device), out, place, keep)
     wait_for_processes()
     seconds = time.perf_counter() - start
     if place.rank > 0:
@@ -270,34 +342,28 @@ def draw_images(
     }
 
 
-def _draw_share(
-    model: NextScaleTransformer | MaskedTransformer,
-    tokenizer: MultiScaleVQ | KlAutoencoder,
-    job: Job,
-    out: Path,
-    place: Place,
-    keep: Keep,
-) -> list[float]:
+def _draw_share(sampler: Sampler, out: Path, place: Place, keep: Keep) -> list[float]:
     """Draw what is missing of this process's images, every `world`-th; the first process shows a bar.
 
     Returns:
         Seconds that each full batch took.
     """
-    device, rank, world = place
+    job, (_, rank, world) = sampler.job, place
     share = range(rank, job.count, world)
     missing = [i for i in share if not _complete(out, i, keep)]
     title = "sampling" if world == 1 else f"sampling (one of {world} processes)"
     with contextlib.ExitStack() as stack:
+        save = stack.enter_context(_Writer(min(8, max(1, (os.cpu_count() or 1) // world))))
         bar = None
         if rank == 0:
             bar = stack.enter_context(progress(title, len(share), completed=len(share) - len(missing)))
         times = []
         for first in range(0, len(missing), job.batch_size):
             batch, start = missing[first : first + job.batch_size], time.perf_counter()
-            images, pivots = generate(model, tokenizer, job, batch, device)
+            images, pivots = sampler(batch)
             if keep.pivots and pivots is not None:
-                _save(pivots, [pivot_path(out, i) for i in batch])
-            _save(images, [image_path(out, i) for i in batch])
+                save(pivots, [pivot_path(out, i) for i in batch])
+            save(images, [image_path(out, i) for i in batch])
             if len(batch) == job.batch_size:
                 times.append(time.perf_counter() - start)
             if bar is not None:
@@ -305,13 +371,13 @@ def _draw_share(
     return times
 
 
-def select_attention(model: NextScaleTransformer, job: Job, precision: str) -> str:
-    """Settle which implementation of attention runs; a line that says so."""
+def select_attention(model: NextScaleTransformer, job: Job, precision: str) -> tuple[str, str]:
+    """Settle which implementation of attention runs; its name and why."""
     assert isinstance(job.settings, NextScaleSample)
     rows = job.batch_size * (2 if job.settings.cfg else 1)
     dtype = torch.bfloat16 if precision == "bf16" else model.pos_embed.dtype
     name, reason = model.select_attention(rows, dtype, sampling=True)
-    return f"attention: {name} ({reason})"
+    return name, reason
 
 
 def _steady(times: Sequence[float], batch_size: int, processes: int) -> float | None:
@@ -319,9 +385,36 @@ def _steady(times: Sequence[float], batch_size: int, processes: int) -> float | 
     return round(processes * batch_size / float(np.median(times[1:])), 2) if len(times) > 1 else None
 
 
-def _save(images: Tensor, paths: Sequence[Path]) -> None:
-    for path, pixels in zip(paths, to_uint8(images), strict=True):
-        save_png(Image.fromarray(pixels), path)
+class _Writer:
+    """Writes PNG files in threads, since a GPU draws a picture faster than one thread compresses it.
+
+    A context manager: it ends when all is written, or without what had not begun where the block failed.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.pool = ThreadPoolExecutor(threads)
+        self.waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __call__(self, images: Tensor, paths: Sequence[Path]) -> None:
+        """Write images [B, 3, H, W] in [-1, 1], after those of all earlier calls but the last are written.
+
+        Raises:
+            OSError: an earlier image could not be written.
+        """
+        earlier = len(self.waiting)
+        for path, pixels in zip(paths, to_uint8(images), strict=True):
+            self.waiting.append(self.pool.submit(save_png, Image.fromarray(pixels), path, fast=True))
+        for _ in range(earlier):
+            self.waiting.popleft().result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for each in self.waiting:
+                each.result()
 
 
 def image_path(out: Path, index: int) -> Path:
@@ -363,13 +456,15 @@ def _require_same_job(out: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{out} holds images of an unknown origin", "choose another --out")
 
 
-def _made_with(place: Place, job: Job) -> dict[str, Any]:
+def _made_with(place: Place, job: Job, attention: str) -> dict[str, Any]:
     """What images should not depend on, for the record."""
     device = place.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "processes": place.world,
         "batch_size": job.batch_size,
+        "attention": attention,
+        "compiled": job.compile,
         "torch": str(torch.__version__),
     }
 

@@ -276,7 +276,7 @@ def compile_heads(model: MaskedTransformer) -> None:
     """
     torch._dynamo.config.recompile_limit = 64
     for head in (model.pivot_head, model.dense_head):
-        if head is not None:
+        if head is not None and not head.graphed:
             head.compile(mode="reduce-overhead", dynamic=False)
             head.graphed = True
 

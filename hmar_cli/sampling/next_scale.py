@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hmar_cli.models.layers import KeyValueCache
 from hmar_cli.models.next_scale import Condition, NextScaleTransformer
-from hmar_cli.models.scales import check_schedule
+from hmar_cli.models.scales import Scales, check_schedule
 from hmar_cli.settings import NextScaleSample
 from hmar_cli.tokenizers.msvq import ScaleQuantizer
 
@@ -87,7 +87,12 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-@torch.inference_mode()
+def draw_counts(settings: NextScaleSample, scales: Scales) -> list[int]:
+    """Positions of each draw of an image."""
+    schedule = check_schedule(settings.schedule or [[n] for n in scales.lengths], scales)
+    return [n for n, passes in zip(scales.lengths, schedule, strict=True) for _ in passes]
+
+
 def sample_next_scale(
     model: NextScaleTransformer,
     quantizer: ScaleQuantizer,
@@ -116,6 +121,28 @@ def sample_next_scale(
         ValueError: a schedule that doesn't fit the scales, or that refines without a masked branch.
         FloatingPointError: logits that are not finite.
     """
+    tokens, f_hat, finite = draw_next_scale(model, quantizer, labels, settings, noise, trace=trace, kept=kept)
+    if not finite:
+        raise FloatingPointError("the model's logits are not finite")
+    return tokens, f_hat
+
+
+@torch.inference_mode()
+def draw_next_scale(
+    model: NextScaleTransformer,
+    quantizer: ScaleQuantizer,
+    labels: Tensor,
+    settings: NextScaleSample,
+    noise: Noise,
+    *,
+    trace: Trace | None = None,
+    kept: KeptTokens | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sample_next_scale` that never waits for the device: whether all logits are finite is its third result.
+
+    Raises:
+        ValueError: a schedule that doesn't fit the scales, or that refines without a masked branch.
+    """
     scales = model.scales
     schedule = check_schedule(settings.schedule or [[n] for n in scales.lengths], scales)
     if model.masked is None and any(len(passes) > 1 for passes in schedule):
@@ -132,9 +159,7 @@ def sample_next_scale(
         if k + 1 < len(scales):
             inputs = quantizer.scale_input(f_hat, k + 1)  # [B, n_{k+1}, Z]
     assert f_hat is not None
-    if not run.finite:
-        raise FloatingPointError("the model's logits are not finite")
-    return torch.cat(tokens, dim=1), f_hat
+    return torch.cat(tokens, dim=1), f_hat, run.finite
 
 
 class _Run:

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -258,13 +258,13 @@ def test_what_was_measured_is_not_drawn_again(
     flags = ("--count", 6, "--batch-size", 4, "--metrics", "fid")
     first = analyze(world, "guidance", "mar", tmp_path, *flags, "--vary", "cfg=1,2")
     drawn: list[float] = []
-    real = sweep.generate
 
-    def watched(model: Any, tokenizer: Any, job: Any, *others: Any) -> Any:
-        drawn.append(job.settings.cfg)
-        return real(model, tokenizer, job, *others)
+    class Watched(sweep.Sampler):
+        def __call__(self, indices: Sequence[int]) -> Any:
+            drawn.append(self.job.settings.cfg)
+            return super().__call__(indices)
 
-    monkeypatch.setattr(sweep, "generate", watched)
+    monkeypatch.setattr(sweep, "Sampler", Watched)
     again = analyze(world, "guidance", "mar", tmp_path, *flags, "--vary", "cfg=1,2")
     assert again == first and not drawn
     wider = analyze(world, "guidance", "mar", tmp_path, *flags, "--vary", "cfg=1,1.5,2,1.5")
@@ -299,15 +299,16 @@ def test_a_sweep_that_was_stopped_keeps_its_finished_trials(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--count", 4, "--vary", "cfg=0,1,2", "--metrics", "fid")
-    real, calls = sweep.generate, []
+    calls = []
 
-    def stopped(*arguments: Any) -> Any:
-        calls.append(arguments[2].settings.cfg)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
+    class Stopped(sweep.Sampler):
+        def __call__(self, indices: Sequence[int]) -> Any:
+            calls.append(self.job.settings.cfg)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(indices)
 
-    monkeypatch.setattr(sweep, "generate", stopped)
+    monkeypatch.setattr(sweep, "Sampler", Stopped)
     result = hmar("analyze", "guidance", world / "var", *judged(world), "--out", tmp_path, *flags)
     assert result.exit_code == 130 and not (tmp_path / "guidance.json").exists()
     found = analyze(world, "guidance", "var", tmp_path, *flags)

@@ -1,15 +1,17 @@
 """What only a GPU can show; without one these tests are skipped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
-from hmar_cli.sampling.images import autocast
-from hmar_cli.sampling.next_scale import sample_next_scale
+from hmar_cli.sampling.images import Job, Labels, Sampler, autocast
+from hmar_cli.sampling.next_scale import draw_counts, draw_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import NextScaleSample
-from hmar_cli.tokenizers.msvq import ScaleQuantizer
+from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -21,11 +23,9 @@ def test_noise_is_that_of_the_cpu() -> None:
         assert torch.equal(PhiloxNoise(2**40 + 3, images.cuda()).uniform(step, 64).cpu(), on_cpu)
 
 
-@pytest.mark.parametrize("pattern", ["causal", "diagonal"])
-def test_sampling_never_waits_for_the_device(pattern: str) -> None:
-    """One look at the device a call, at the end: whether all numbers were finite."""
+def make(pattern: str) -> tuple[NextScaleTransformer, MultiScaleVQ, NextScaleSample]:
     scales = Scales.of([1, 2, 3, 4])
-    quantizer = ScaleQuantizer(scales=scales, z_channels=8, vocab_size=64).cuda()
+    tokenizer = MultiScaleVQ(channels=32, multipliers=(1, 2), z_channels=8, vocab_size=64, scales=scales)
     model = NextScaleTransformer(
         scales=scales,
         z_channels=8,
@@ -37,21 +37,41 @@ def test_sampling_never_waits_for_the_device(pattern: str) -> None:
         pattern=pattern,  # type: ignore[arg-type]
         masked_layers=1,
     )
-    model.cuda().eval()
     schedule = ((1,), (2, 2), (3, 6), (4, 4, 8)) if pattern == "diagonal" else ()
     settings = NextScaleSample(cfg=2.0, top_k=40, top_p=0.95, schedule=schedule)
+    return model.cuda().eval(), tokenizer.cuda().eval(), settings
+
+
+@pytest.mark.parametrize("pattern", ["causal", "diagonal"])
+def test_sampling_never_waits_for_the_device(pattern: str) -> None:
+    model, tokenizer, settings = make(pattern)
     labels, images = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.arange(3, device="cuda")
-    waits = []
+
+    def draw() -> None:
+        noise = PhiloxNoise(0, images, draw_counts(settings, model.scales))
+        draw_next_scale(model, tokenizer.quantizer, labels, settings, noise)
+
     with autocast(labels.device, "bf16"):
-        sample_next_scale(model, quantizer, labels, settings, PhiloxNoise(0, images))
+        draw()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            sample_next_scale(model, quantizer, labels, settings, PhiloxNoise(0, images))
-        except RuntimeError as error:
-            import traceback
-
-            waits.append(traceback.extract_tb(error.__traceback__))
+            draw()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 1
-    assert any(frame.line is not None and "run.finite" in frame.line for frame in waits[0])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("pattern", ["causal", "diagonal"])
+def test_recorded_batches_are_plain_ones(pattern: str, precision: str) -> None:
+    """The first is drawn, the second recorded, the third replayed, the last one filled up."""
+    model, tokenizer, settings = make(pattern)
+    job = Job(
+        settings=settings, conditions=Labels((0, 1, 2)), count=18, seed=3, batch_size=5, precision=precision
+    )
+    plain = Sampler(model, tokenizer, job, torch.device("cuda"))
+    recorded = Sampler(model, tokenizer, replace(job, compile=True), torch.device("cuda"))
+    for batch in (range(5), range(5, 10), range(10, 15), range(15, 18)):
+        expected = plain(batch)[0]
+        found = recorded(batch)[0]
+        assert len(found) == len(batch)
+        torch.testing.assert_close(found, expected, atol=0, rtol=0)

@@ -16,7 +16,7 @@ from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
 from hmar_cli.models.text import JointTextEncoder
 from hmar_cli.sampling.editing import EditSettings, edit_images, model_size, region_views
-from hmar_cli.sampling.images import Job, Labels, Prompts, generate
+from hmar_cli.sampling.images import Job, Labels, Prompts, Sampler
 from hmar_cli.sampling.masked import KnownTokens, sample_masked
 from hmar_cli.sampling.next_scale import KeptTokens, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
@@ -169,7 +169,7 @@ def of_the_picture(family: Family, images: Tensor) -> Tensor:
 def test_a_full_region_is_plain_sampling(name: str) -> None:
     family, indices = make(name), [4, 0, 9]
     job = Job(settings=family.settings, conditions=family.conditions, count=10, seed=5, batch_size=3)
-    plain, _ = generate(family.model, family.tokenizer, job, indices, CPU)
+    plain, _ = Sampler(family.model, family.tokenizer, job, CPU)(indices)
     edited = family.edit(pictures(3), torch.ones(HEIGHT, WIDTH), indices)
     assert torch.equal(edited, plain)
     assert (edited[0] - edited[1]).abs().max() > 0.01
@@ -564,4 +564,4 @@ def test_broken_weights_are_named(name: str, broken: str) -> None:
         family.edit(pictures(2), torch.ones(HEIGHT, WIDTH), [3, 4])
     job = Job(settings=family.settings, conditions=family.conditions, count=10, seed=5, batch_size=2)
     with pytest.raises(UserError, match=rf"images 3 to 4: the {broken}'s .*not finite"):
-        generate(family.model, family.tokenizer, job, [3, 4], CPU)
+        Sampler(family.model, family.tokenizer, job, CPU)([3, 4])
