@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -162,6 +163,24 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
+def _wait_for_saving() -> None:
+    """Let processes that were told to end write their checkpoint, for up to TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds.
+
+    The launcher would kill them after 30 s, as it still does with those that one which failed has left behind.
+    """
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.launcher.api import LaunchConfig
+
+    seconds = os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if "shutdown_timeout" not in LaunchConfig.__dataclass_fields__:  # not in every PyTorch from 2.8 on
+        close = PContext.close
+
+        def patient(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+            close(self, death_sig, int(seconds) if death_sig else timeout)  # a failure gives no signal
+
+        PContext.close = patient  # type: ignore[method-assign]
+
+
 def _launch(processes: int, on_cpu: bool, command: list[str]) -> int:
     """Start the processes, wait for them, and return the exit code of the first that failed, else 0."""
     import logging
@@ -172,6 +191,7 @@ def _launch(processes: int, on_cpu: bool, command: list[str]) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes report their own errors
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    _wait_for_saving()
     try:
         if on_cpu:
             from torch.distributed.run import parse_args, run

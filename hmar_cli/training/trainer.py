@@ -4,10 +4,11 @@ What a step computes follows from the recipe's seed and the step's number alone:
 stateless, and the random number generators are seeded before every micro-batch. So a checkpoint needs no
 generator state, and a resumed run repeats what an uninterrupted one does, on the CPU bit for bit.
 
-The host waits for the device only when it logs, saves or shows pictures; several processes do every ten
-steps, too, to learn of each other's signals. A loss or gradient that is not finite stops training before it
-can touch a weight: on a CPU the step's result is read at once; on a GPU the device itself skips this and
-every later update until the next log step, where training ends with the number of the step.
+The host waits for the device only when it logs, saves or shows pictures. Of several processes each stays at most
+two steps ahead of its device, to learn of the others' signals, so that the device never runs dry. A loss or
+gradient that is not finite stops training before it can touch a weight: on a CPU the step's result is read at
+once; on a GPU the device itself skips this and every later update until the next log step, where training ends
+with the number of the step.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import signal
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,8 +47,8 @@ from hmar_cli.training.optimizer import Optimizer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-AGREE_EVERY = 10
-"""Steps after which processes on GPUs agree to stop; a launcher kills those that have not ended in 30 seconds."""
+AHEAD = 2
+"""Steps that are given to a GPU before its process reads what others noted in the first of them."""
 
 Batch = dict[str, Tensor]
 Batches = Callable[[int, int, int, int], Iterator[Batch]]
@@ -234,6 +236,8 @@ class Trainer:
         self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
         self.means, self.norms = Means(), Means()
         self.recent: list[tuple[int, Tensor]] = []  # source indices of each step since the last log
+        self.interrupt = Interrupt(self.world > 1)
+        self.noted: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # see `_stop`
         lines = objective.prepare(self.plan.micro_batch, torch.bfloat16 if self.bf16 else torch.float32)
         self.graphed: GraphedStep | None = None
         if recipe.train.graphs:
@@ -341,12 +345,32 @@ class Trainer:
         )
 
     def _all(self, flag: Tensor) -> Tensor:
-        """Whether `flag` holds on every process."""
+        """Whether `flag` holds on every process; they tell each other their signals, too."""
         if self.world == 1:
             return flag
-        worst = (~flag).float()
+        number = torch.full((), float(self.interrupt.number), device=self.device)
+        worst = torch.stack([(~flag).float(), number])
         torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX)
-        return worst < 0.5
+        copy = worst[1].to("cpu", non_blocking=True)
+        copied = torch.cuda.Event(blocking=True) if worst.is_cuda else None
+        if copied is not None:
+            copied.record()
+        self.noted.append((copy, copied))
+        return worst[0] < 0.5
+
+    def _stop(self) -> int:
+        """The signal that ends the run after this step on all processes, 0 if none does.
+
+        On GPUs it is what they noted up to a step that lies back so far that the device has work while it is read.
+        """
+        if self.world == 1:
+            return self.interrupt.number
+        if len(self.noted) <= (AHEAD if self.patient else 0):
+            return 0
+        number, copied = self.noted.popleft()
+        if copied is not None:
+            copied.synchronize()
+        return int(number)
 
     def _mean(self, flat: Tensor) -> Tensor:
         """Mean over processes."""
@@ -380,7 +404,7 @@ class Trainer:
                 bar = stack.enter_context(progress(name, total, completed=self.step * batch))
             stream = self.stream(batches)
             stack.callback(stream.close)
-            interrupt = stack.enter_context(Interrupt(self.world > 1))
+            stack.enter_context(self.interrupt)
             clock, row, stop = Clock(), Row(), 0  # stop: a signal that all processes know of
             while self.step < self.plan.steps and not stop:
                 self.train_step(stream)
@@ -395,8 +419,7 @@ class Trainer:
                         log.write(row)
                         bar.note(f"loss {row['loss']:.4f}")
                         report(row, self.plan.steps, batch)
-                if due.log or self.world == 1 or not self.patient or self.step % AGREE_EVERY == 0:
-                    stop = self._agree(interrupt.number)
+                stop = self._stop()
                 with clock.paused():
                     if due.save or stop:
                         self.save(out, save, never)
@@ -416,14 +439,6 @@ class Trainer:
         start = self.step * self.recipe.train.accumulate
         source = batches(start, self.rank, self.world, self.plan.micro_batch)
         return read_ahead(source) if self.device.type == "cuda" else iterate(source)
-
-    def _agree(self, number: int) -> int:
-        """The largest signal number noted by any process."""
-        if self.world == 1:
-            return number
-        shared = torch.tensor(number, device=self.device)
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        return int(shared.item())
 
     def read_row(self, seconds: float, images: int) -> Row:
         """The means since the last row; waits for the device."""

@@ -69,9 +69,12 @@ def run(out: Path, recipe: Recipe, resume: Checkpoint | None = None, **kwargs: o
     return fit(trained, batches, recipe=recipe, images=160, out=out, save=save, resume=resume)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("masked", [False, True])
-def test_steps_do_not_wait_for_the_device(masked: bool) -> None:
+def test_steps_do_not_wait_for_the_device(masked: bool, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = Trainer(objective(RECIPE, masked), RECIPE, 160)
+    trained.world = world
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
     stream = trained.stream(batches)
     for _ in range(2):  # the first steps load kernels
         trained.train_step(stream)

@@ -1,8 +1,13 @@
 """Several processes on the CPU, started as a user starts them."""
 
+import json
+import signal
+from pathlib import Path
+
 import pytest
 from toy_runs import run_python
 
+from hmar_cli.checkpoints.store import list_steps
 from hmar_cli.launch import delegate, without_launch
 from hmar_cli.training.logging import read_rows
 
@@ -37,6 +42,31 @@ def test_a_mistake_ends_all_processes_with_its_exit_code(toys, cache, tmp_path):
     assert done.stderr.count("error: train.batch_size 9 cannot be shared by 2 processes") == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def told_to_end(out: Path, how: str) -> tuple[int, int, list[list[int]]]:
+    """Exit code, seconds that the launcher waits, and of each process that came to its end its step and signal."""
+    done = run_python(Path(__file__).with_name("told_to_end.py"), out, how)
+    ends = [json.loads(path.read_text()) for path in sorted(out.glob("rank-*.json"))]
+    return done.returncode, int((out / "seconds").read_text()), ends
+
+
+def test_processes_that_are_told_to_end_have_time_to_save(tmp_path):
+    code, seconds, ends = told_to_end(tmp_path, "launcher")
+    assert (code, seconds) == (128 + signal.SIGTERM, 600)
+    assert ends[0] == ends[1] and ends[0][1] == signal.SIGTERM
+    assert list_steps(tmp_path)[-1].name == f"step-{ends[0][0]:08d}"
+
+
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
+    _, _, ends = told_to_end(tmp_path, "process")
+    assert ends == [[3, signal.SIGTERM]] * 2  # it came after the numbers of step 2 were shared
+    assert [path.name for path in list_steps(tmp_path)] == ["step-00000003"]
+
+
+def test_processes_that_another_one_left_have_less_time(tmp_path):
+    code, seconds, ends = told_to_end(tmp_path, "failure")
+    assert (code != 0, seconds, ends) == (True, 30, [])
 
 
 def test_launch_is_not_passed_on():

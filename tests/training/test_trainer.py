@@ -10,27 +10,11 @@ import toys
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hmar_cli.checkpoints.store import list_steps, open_checkpoint, save_checkpoint
+from hmar_cli.checkpoints.store import list_steps, open_checkpoint
 from hmar_cli.errors import UserError
 from hmar_cli.training import trainer as trainer_module
 from hmar_cli.training.logging import read_rows
 from hmar_cli.training.trainer import Trainer, fit, rehearse
-
-
-def saver(recipe):
-    def save(folder, step, weights, training):
-        save_checkpoint(
-            folder,
-            recipe=recipe,
-            weights=weights,
-            class_names=["a"],
-            step=step,
-            tokenizer=None,
-            tokenizer_hash="",
-            training=training,
-        )
-
-    return save
 
 
 def run(out: Path, recipe, objective=None, **kwargs):
@@ -42,7 +26,7 @@ def run(out: Path, recipe, objective=None, **kwargs):
         recipe=recipe,
         images=toys.IMAGES,
         out=out,
-        save=saver(recipe),
+        save=toys.saver(recipe),
         resume=resume,
         device="cpu",
         **kwargs,
@@ -233,23 +217,40 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
 
 
 def test_a_signal_counts_once_all_processes_agree(tmp_path, monkeypatch):
-    agree = Trainer._agree
+    plain = Trainer._stop
 
-    def late(self, number):
-        agreed = agree(self, number)
+    def late(self):
+        agreed = plain(self)
         if self.step == 2:  # too late for this agreement: to be kept for the next, not acted on alone
             signal.raise_signal(signal.SIGTERM)
         return agreed
 
-    monkeypatch.setattr(Trainer, "_agree", late)
+    monkeypatch.setattr(Trainer, "_stop", late)
     _, outcome = run(tmp_path, toys.recipe(save_every=100))
     assert (outcome.step, outcome.interrupted) == (3, signal.SIGTERM)
     assert [path.name for path in list_steps(tmp_path)] == ["step-00000003"]
 
 
+@pytest.mark.parametrize(("patient", "read"), [(True, [0, 0, 0, 15]), (False, [0, 15])])
+def test_another_processs_signal_is_read_once_a_gpu_has_more_to_do(monkeypatch, patient, read):
+    trained = Trainer(toys.Toy(), toys.recipe(), toys.IMAGES, "cpu")
+    trained.world, trained.patient = 2, patient
+
+    def all_reduce(worst, _operation):
+        assert worst.tolist() == [0, 0]  # all is finite here, and no signal has come
+        worst[1] = 15.0 if trained.step == 1 else 0.0
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    stream, found = trained.stream(toys.batches), []
+    for _ in read:
+        trained.train_step(stream)
+        found.append(trained._stop())
+    assert found == read
+
+
 def test_a_full_disk_leaves_older_checkpoints_whole(tmp_path, monkeypatch):
     recipe = toys.recipe()
-    save, calls = saver(recipe), []
+    save, calls = toys.saver(recipe), []
 
     def full(folder, step, weights, training):
         calls.append(step)

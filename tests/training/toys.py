@@ -1,12 +1,16 @@
 """A small objective with two networks, random numbers and state, for tests of the trainer itself."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hmar_cli.checkpoints.store import save_checkpoint
 from hmar_cli.settings import MsvqObjective, Optim, Recipe, Train
 from hmar_cli.training.objective import Objective
+from hmar_cli.training.trainer import Save, Weights
 
 IMAGES = 41
 
@@ -67,6 +71,22 @@ def batches(start: int, rank: int, world: int, size: int) -> Iterator[dict[str, 
         index = order[first : first + size]
         yield {"x": data()[index], "index": index}
         step += 1
+
+
+def saver(recipe: Recipe) -> Save:
+    def save(folder: Path, step: int, weights: Weights, training: Any) -> None:
+        save_checkpoint(
+            folder,
+            recipe=recipe,
+            weights=weights,
+            class_names=["a"],
+            step=step,
+            tokenizer=None,
+            tokenizer_hash="",
+            training=training,
+        )
+
+    return save
 
 
 def recipe(**train: object) -> Recipe:
