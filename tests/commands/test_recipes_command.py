@@ -39,6 +39,17 @@ def test_list_as_json() -> None:
         assert (rows[name]["what"], rows[name]["data"]) == ("Hi-MAR, text", data)
 
 
+def test_little_work_lies_between_two_checkpoints() -> None:
+    """At most two hours of 8 GPUs at 200 TFLOP/s each, by 6 operations a parameter and token."""
+    for row in json.loads(invoke("list", "--json").stdout):
+        masked = "masked" in row["name"]  # finetuning, of few of the blocks
+        if row["tokens"] and row["parameters"] and not masked:
+            train = load_recipe(row["name"]).train
+            images = train.batch_size * train.save_every
+            hours = 6 * row["parameters"] * (row["pivots"] + row["tokens"]) * images / (8 * 200e12 * 3600)
+            assert hours < 2, (row["name"], hours)
+
+
 def test_show_prints_a_recipe_that_loads_again() -> None:
     result = invoke("show", "hmar-d16-masked", "--set", "train.batch_size=64")
     recipe = recipe_from_dict(tomli.loads(result.stdout))
