@@ -1,5 +1,6 @@
 """Published weights become a checkpoint folder: one table of formats, and what each needs to be read."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Literal
 
 from hmar_cli.builders import build_model, build_tokenizer, find_tokenizer, load_tokenizer, load_weights
 from hmar_cli.checkpoints.published import (
+    BROKEN,
     Imported,
     State,
     merge,
@@ -169,7 +171,10 @@ def _read(
     sets = read_weights(file)
     if format.kind != "masked":
         sets = {"model": sets["model"]}
-    weights = {each: format.read(state) for each, state in sets.items()}
+    try:
+        weights = {each: format.read(state) for each, state in sets.items()}
+    except UserError as error:
+        raise UserError(str(error), _fitting(sets["model"]), error.details) from error
     imported = weights["model"]
     require_alike(weights)
     if name == "var" and imported.format != "next-scale":
@@ -189,6 +194,17 @@ def _read(
     elif base is not None:
         raise UserError(f"{file} is no masked model, so it has no use for --base", "leave out --base")
     return weights, origin
+
+
+def _fitting(state: State) -> str:
+    """Advice on a file that its format's reader refused: the format whose reader takes it, if there is one."""
+    shapes = {key: value.to("meta") for key, value in state.items()}
+    names = {"next-scale": "var or hmar", "masked": "hmar", "merged": "hmar"}
+    for format in FORMATS.values():
+        with contextlib.suppress(UserError, *BROKEN):
+            found = format.read(shapes).format
+            return f"the format that fits is {names.get(found, found)}"
+    return "no published format fits: download the file again, or see whether it is the right one"
 
 
 def _recipe(imported: Imported, name: str, scales: str, recipe: str) -> Recipe:

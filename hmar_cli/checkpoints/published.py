@@ -159,8 +159,16 @@ def _load(path: Path) -> object:
         raise UserError(
             f"no such file: {path}", "download the published file first; imports never fetch anything"
         )
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[8:] != b"{" and not head.startswith(
+        (b"PK", b"\x80")
+    ):  # a length and JSON; a zip file or a pickle
+        raise UserError(
+            f"{path} is neither a PyTorch nor a safetensors file", "give the file of weights itself"
+        )
     try:
-        if path.suffix == ".safetensors":
+        if head[8:] == b"{":
             return load_file(path)
         mapped = zipfile.is_zipfile(path)  # not so in files of PyTorch before 1.6
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -192,7 +200,7 @@ def read_msvq(state: Mapping[str, Tensor]) -> Imported:
             imported.derived.append(key)
         else:
             unknown.append(key)
-    require_known(unknown, "msvq")
+    require_known(unknown, len(state), "msvq")
     require_present(imported, ("encoder.conv_in.weight", "quantizer.codebook.weight"))
     return imported
 
@@ -216,7 +224,7 @@ def read_transformer(state: Mapping[str, Tensor]) -> Imported:
             imported.state[target] = value.float().reshape(shape)
         else:
             unknown.append(key)
-    require_known(unknown, "transformer")
+    require_known(unknown, len(state), "transformer")
     require_present(imported, ("class_embed.weight", "pos_embed", "word_embed.weight", "head.linear.weight"))
     require_present(imported, ("blocks.0.attention.log_scale", "blocks.0.feed_forward.fc1.weight"))
     return imported
@@ -239,11 +247,11 @@ def _transformer_key(key: str, lower: int) -> str | None:
     return f"{'masked.' if match[1] == 'mask_' else ''}blocks.{index}.{_ATTENTION[match[3]]}"
 
 
-def require_known(unknown: Sequence[str], format: str) -> None:
-    """Refuse keys that a format doesn't have, naming the first of them."""
+def require_known(unknown: Sequence[str], count: int, format: str) -> None:
+    """Refuse keys that a format doesn't have, naming the first of them; `count` is how many the file has in all."""
     if unknown:
         raise UserError(
-            f"{len(unknown)} keys don't belong to the published {format} format",
+            f"{len(unknown)} of {count} keys don't belong to the published {format} format",
             "check --format",
             [*unknown[:8], *(["..."] if len(unknown) > 8 else [])],
         )

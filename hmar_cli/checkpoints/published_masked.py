@@ -102,7 +102,7 @@ def read_masked(state: Mapping[str, Tensor]) -> Imported:
             imported.state[target] = _reshaped(target, value.float(), phases)
         else:
             unknown.append(key)
-    require_known(unknown, imported.format)
+    require_known(unknown, len(state), imported.format)
     require_present(imported, ("class_embed.weight", "encoder.pos_embed", "token_proj.weight"))
     return imported
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -91,7 +92,7 @@ def test_full_size_tokenizer() -> None:
 
 def test_unknown_keys_are_named() -> None:
     state = published_state(manifest("var-d16")) | {"blocks.0.lora.weight": torch.empty(1)}
-    with pytest.raises(UserError, match="1 keys") as caught:
+    with pytest.raises(UserError, match=f"1 of {len(state)} keys") as caught:
         read_transformer(state)
     assert caught.value.details == ("blocks.0.lora.weight",)
     with pytest.raises(UserError, match="published msvq format"):
@@ -125,7 +126,8 @@ def test_files_and_wrappers(tmp_path: Path) -> None:
     torch.save({"trainer": {"var_wo_ddp": state}, "epoch": 3}, tmp_path / "wrapped.pth")
     torch.save(state, tmp_path / "plain.pth")
     save_file(state, tmp_path / "plain.safetensors")
-    for name in ("wrapped.pth", "plain.pth", "plain.safetensors"):
+    save_file(state, tmp_path / "safe.bin")
+    for name in ("wrapped.pth", "plain.pth", "plain.safetensors", "safe.bin"):
         read = read_file(tmp_path / name)
         assert read.keys() == expected.keys()
         assert all(torch.equal(read[key], expected[key]) for key in expected)
@@ -133,7 +135,8 @@ def test_files_and_wrappers(tmp_path: Path) -> None:
 
 def test_broken_files(tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 cut off")
-    (tmp_path / "cut.safetensors").write_bytes(b"\x00\x01")
+    save_file({"a": torch.ones(9)}, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-4])
     (tmp_path / "page.pth").write_text("hello: a page that says that the file is not there")
     (tmp_path / "short.pth").write_bytes(b"\x80\x02.")
     (tmp_path / "empty.pth").write_bytes(b"")
@@ -143,3 +146,7 @@ def test_broken_files(tmp_path: Path) -> None:
             read_file(tmp_path / f"{name}.pth")
     with pytest.raises(UserError, match="no readable checkpoint"):
         read_file(tmp_path / "cut.safetensors")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    for name in ("picture.png", "page.pth", "empty.pth"):
+        with pytest.raises(UserError, match="neither a PyTorch nor a safetensors file"):
+            read_file(tmp_path / name)

@@ -125,8 +125,18 @@ def test_files_that_do_not_belong_together_are_refused(
     refused(bring(published, out, "masked", "hmar", *base), "3 blocks cannot be merged", "model of 2")
     merged = ("--base", published / "merged.pth", "--masked-layers", 1)
     refused(bring(published, out, "new", "hmar", *merged), "cannot be merged with a merged model")
-    refused(bring(published, out, "var", "msvq"), "keys don't belong to the published msvq format")
-    refused(bring(published, out, "vae", "var"), "keys don't belong to the published transformer format")
+    refused(
+        bring(published, out, "var", "msvq"),
+        "keys don't belong to the published msvq format",
+        "is var or hmar",
+    )
+    refused(
+        bring(published, out, "vae", "var"),
+        "keys don't belong to the published transformer format",
+        "is msvq",
+    )
+    torch.save({"fc.weight": torch.ones(2, 3), "mask_token": torch.ones(3)}, published / "foreign.pth")
+    refused(bring(published, out, "foreign", "var"), "2 of 2 keys don't belong", "no published format fits")
     other = bring(published, tmp_path / "other", "vae", "msvq", scales="1,2,4")
     assert other.exit_code == 0, other.output
     mixed = bring(published, out, "var", "var", "--tokenizer", tmp_path / "other")
