@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from hmar_cli.commands import (
     analyze,
     bench_attention,
+    bench_sampling,
     checkpoint,
     curves,
     edit,
@@ -87,7 +88,7 @@ app = typer.Typer(
     help="Autoregressive image generation: HMAR, VAR, Hi-MAR and MAR, from raw images to samples.",
     epilog="Start with `hmar recipes list`, or see the README for a command for each job.",
 )
-for module in (tokenize, train, finetune_masked, sample, edit, curves, bench_attention):
+for module in (tokenize, train, finetune_masked, sample, edit, curves, bench_attention, bench_sampling):
     module.register(app)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(checkpoint.app, name="checkpoint")

@@ -130,10 +130,10 @@ def measure(
                 _check_and_time(row, judge, device, directions, seconds, seed)
             except Exception as error:  # whatever one of them does, the others are measured
                 row.status, row.detail = failure(error)
-            _tidy(device)
+            tidy(device)
             yield row
         del judge
-        _tidy(device)
+        tidy(device)
 
 
 def failure(error: Exception) -> tuple[str, str]:
@@ -144,7 +144,7 @@ def failure(error: Exception) -> tuple[str, str]:
     return "failed", f"{type(error).__name__}: {line}"
 
 
-def _tidy(device: torch.device) -> None:
+def tidy(device: torch.device) -> None:
     """Give unused memory back, so that one implementation's doesn't stand in another's way."""
     gc.collect()
     if device.type == "cuda":

@@ -22,6 +22,7 @@ from hmar_cli.benchmarks.cases import (
     visible_pairs,
 )
 from hmar_cli.benchmarks.correctness import DTYPES
+from hmar_cli.benchmarks.sampling import measure_sampling
 from hmar_cli.benchmarks.timing import describe_device
 from hmar_cli.benchmarks.train_step import measure_steps
 from hmar_cli.console import Bar, console, progress
@@ -179,6 +180,30 @@ def run_steps(
         charts.step_chart(timed, out / "train-step.png", outcome.document["device"])
         outcome.files.append(out / "train-step.png")
     return outcome
+
+
+def run_sampling(
+    recipes: Sequence[Recipe], batches: Sequence[int], *, device: torch.device, out: Path, **settings: Any
+) -> Outcome:
+    """Time how long images take; `sampling.json` grows row by row; see `measure_sampling` for the settings."""
+    outcome = Outcome(_document(device, **settings, rows=[]), files=[out / "sampling.json"])
+    rows = outcome.document["rows"]
+    total = len(recipes) * len(batches) * len(settings["compiled"])
+    with _until_interrupted(outcome), progress("sampling", total, "runs") as bar:
+        for row in _noted(measure_sampling(recipes, batches, device=device, **settings), bar, _say_batch):
+            rows.append(row)
+            write_json(outcome.files[0], outcome.document)
+    write_json(outcome.files[0], outcome.document)
+    outcome.rows, outcome.tables = rows, [tables.sampling_table(rows)]
+    outcome.notes = [f"{_say_batch(row)}: {row['detail']}" for row in rows if row["status"] != "ok"]
+    outcome.faulty = any(row["status"] in FAULTS for row in rows)
+    return outcome
+
+
+def _say_batch(row: dict[str, Any]) -> str:
+    """A batch of images in a few words."""
+    what = f"{row['median_ms']:.4g} ms" if row["status"] == "ok" else row["status"]
+    return f"{row['recipe']}, batch {row['batch']}{', compiled' if row['compiled'] else ''}: {what}"
 
 
 def run_lengths(resolutions: Sequence[int], out: Path) -> Outcome:

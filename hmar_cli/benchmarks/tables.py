@@ -111,6 +111,24 @@ def step_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def sampling_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of batches of images."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    headers = ("recipe", "batch", "compiled", "ms", "p10..p90", "images/s", "peak GiB", "first ms")
+    for header in headers:
+        table.add_column(header, justify="left" if header == "recipe" else "right", no_wrap=True)
+    for row in rows:
+        head = [row["recipe"], str(row["batch"]), "yes" if row["compiled"] else "no"]
+        if row["status"] != "ok":
+            table.add_row(*head, Text(row["status"], style="red"))
+            continue
+        peak = "" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+        numbers = [f"{row[key]:,.4g}" for key in ("median_ms", "images_per_second", "first_ms")]
+        spread = f"{row['p10_ms']:.4g}..{row['p90_ms']:.4g}"
+        table.add_row(*head, numbers[0], spread, numbers[1], peak, numbers[2])
+    return table
+
+
 def plain_table(rows: Sequence[Mapping[str, object]]) -> Table:
     """A table of numbers, a column for each key."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))

@@ -3,7 +3,6 @@
 Letters: B batch, L tokens.
 """
 
-import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any, cast
 import torch
 from hmar_kernels import unavailable
 
-from hmar_cli.benchmarks.attention import failure, say
+from hmar_cli.benchmarks.attention import failure, say, tidy
 from hmar_cli.benchmarks.cases import RESOLUTIONS, Case
 from hmar_cli.benchmarks.correctness import DTYPES, Judge, attend
 from hmar_cli.benchmarks.timing import time_calls
@@ -93,9 +92,7 @@ def measure_steps(
         except Exception as error:  # whatever one of them does, the others are measured
             row["status"], row["detail"] = failure(error)
         torch._dynamo.reset()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        tidy(device)
         yield row
 
 

@@ -1,0 +1,66 @@
+"""`hmar bench-sampling`: how fast models of the published sizes draw."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hmar_cli.commands import drawing
+from hmar_cli.commands.bench_attention import conclude
+from hmar_cli.commands.train import Set
+
+EXAMPLES = """
+Measure how long batches of images take, from labels to pixels, with random weights of a recipe's model.
+
+Plain and with `--compile` of `hmar sample`, side by side; the recipe's settings of the sampler hold, and `--set`
+changes them. Results go into a folder as they come; Ctrl-C ends it with what was measured.
+
+**Examples**
+
+- `hmar bench-sampling hmar-d16-masked var-d16`
+- `hmar bench-sampling hmar-d30-masked --batch-sizes 1,8,64 --plain`
+- `hmar bench-sampling himar-b mar-b --batch-sizes 128 --seconds 0`
+- `hmar bench-sampling hmar-tiny --device cpu --set sample.cfg=0 --json`
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("bench-sampling", help=EXAMPLES)(bench_sampling)
+
+
+def bench_sampling(
+    recipes: Annotated[
+        list[str], typer.Argument(help="Recipes of models that draw classes.", show_default=False)
+    ],
+    batch_sizes: Annotated[str, typer.Option(help="Images at once, one number or several.")] = "1,8,64",
+    plain: Annotated[bool, typer.Option("--plain", help="Without compilation alone.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="With compilation alone.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.0, help="About how long to time each.")] = 2.0,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench-sampling"),
+    overrides: Set = None,
+    seed: drawing.Seed = 0,
+    precision: drawing.Precision = "auto",
+    device: drawing.Device = "",
+    as_json: drawing.AsJson = False,
+) -> None:
+    """Measure; the help text is `EXAMPLES`."""
+    from hmar_cli.benchmarks.cases import parse_counts
+    from hmar_cli.benchmarks.run import run_sampling
+    from hmar_cli.benchmarks.sampling import load
+    from hmar_cli.launch import choose_device
+    from hmar_cli.sampling.images import resolve_precision
+
+    place = choose_device(device)
+    resolve_precision(place, precision)
+    outcome = run_sampling(
+        [load(name, overrides or ()) for name in recipes],
+        parse_counts("--batch-sizes", batch_sizes),
+        device=place,
+        precision=precision,
+        compiled=[False] if plain and not compiled else [True] if compiled and not plain else [False, True],
+        seconds=seconds,
+        seed=seed,
+        out=out,
+    )
+    conclude({"sampling": outcome}, as_json)
