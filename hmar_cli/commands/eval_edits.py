@@ -171,7 +171,7 @@ def open_painter(
     from hmar_cli.builders import load_model
     from hmar_cli.data.sources import open_source
     from hmar_cli.evaluation.edits import read_held_out
-    from hmar_cli.pictures.painter import ModelPainter, without_condition
+    from hmar_cli.pictures.painter import ModelPainter
     from hmar_cli.sampling.editing import model_size
 
     model, codec, _ = load_model(checkpoint.folder, loading.weights, loading.tokenizer)
@@ -182,7 +182,7 @@ def open_painter(
         model.to(place),
         codec.to(place),
         conditions,
-        settings if conditions else without_condition(settings),
+        settings,
         chosen,
         seed=loading.seed,
         precision=loading.precision,

@@ -244,13 +244,15 @@ class MaskedTransformer(nn.Module):
         self.pivot_head = pivot_head if self.pivot_grid is not None else None
         self.dense_head = dense_head
 
-    def context(self, condition: Tensor) -> Tensor:
+    def context(self, condition: Tensor | None) -> Tensor:
         """Context tokens [B, G, D] of conditions.
 
         Args:
             condition: classes [B] int64; or token ids [B, G] int64 for a text encoder of its own; or text
-                embeddings [B, G, E].
+                embeddings [B, G, E]. None is "no condition", [1, G, D].
         """
+        if condition is None:
+            return self.null_embed.expand(1, self.context_length, -1)
         if self.class_embed is not None:
             return self.class_embed(condition)[:, None].expand(-1, self.context_length, -1)  # type: ignore[no-any-return]
         assert self.text_proj is not None

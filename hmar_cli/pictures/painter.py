@@ -27,39 +27,21 @@ STEP = 32
 
 @dataclass(frozen=True)
 class Unconditional:
-    """No class and no text; `without_condition` makes settings that leave the condition out."""
+    """No class and no text."""
 
-    model: NextScaleTransformer | MaskedTransformer
-
-    def encode(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        """ "No class" of VAR and HMAR; for MAR and Hi-MAR a condition of which guidance 0 uses nothing."""
-        count, model = len(indices), self.model
-        if isinstance(model, NextScaleTransformer):
-            return torch.full((count,), model.num_classes, device=device)
-        if model.class_embed is not None:
-            return torch.zeros(count, dtype=torch.int64, device=device)
-        assert model.text_proj is not None
-        if model.text is not None:
-            return torch.zeros(count, model.context_length, dtype=torch.int64, device=device)
-        return torch.zeros(count, model.context_length, model.text_proj.in_features, device=device)
+    def encode(self, indices: Sequence[int], device: torch.device) -> None:
+        """Nothing."""
 
     def describe(self) -> dict[str, Any]:
         """Nothing."""
         return {}
 
-    def names(self, count: int) -> list[str]:
-        """Nothing."""
-        return []
 
-
-def without_condition(settings: NextScaleSample | MaskedArSample) -> NextScaleSample | MaskedArSample:
-    """Settings under which a condition plays no part: guidance 0.
-
-    For VAR and HMAR that is no guidance at all, for MAR and Hi-MAR it is all of the unconditional half.
-    """
+def _unguided(settings: NextScaleSample | MaskedArSample) -> NextScaleSample | MaskedArSample:
+    """Settings without guidance: where there is no condition, it would cost time alone."""
     if isinstance(settings, NextScaleSample):
         return replace(settings, cfg=0.0, refine_cfg=0.0)
-    return replace(settings, cfg=0.0, pivot_cfg=0.0, cfg_schedule="constant", pivot_cfg_schedule="constant")
+    return replace(settings, cfg=1.0, pivot_cfg=1.0)
 
 
 class ModelPainter:
@@ -69,7 +51,7 @@ class ModelPainter:
         model: in evaluation mode, on its device.
         tokenizer: its tokenizer, there too.
         conditions: what the variations are of, or None.
-        settings: as for sampling; `without_condition` where there is none.
+        settings: as for sampling; guidance counts where there are conditions.
         edit: how much is drawn.
         seed: of all random numbers.
         precision: as for sampling.
@@ -90,8 +72,8 @@ class ModelPainter:
         precision: str = "auto",
     ) -> None:
         self.model, self.tokenizer, self.edit = model, tokenizer, edit
-        self.conditions = conditions or Unconditional(model)
-        self.settings = settings if conditions else without_condition(settings)
+        self.conditions = conditions or Unconditional()
+        self.settings = settings if conditions else _unguided(settings)
         self.seed, self.precision, self.settled = seed, precision, False
         self.size, self.token = model_size(model, tokenizer), tokenizer.stride
         self.device = next(model.parameters()).device

@@ -159,7 +159,7 @@ def edit_images(
     tokenizer: MultiScaleVQ | KlAutoencoder,
     images: Tensor,
     region: Tensor,
-    condition: Tensor,
+    condition: Tensor | None,
     settings: NextScaleSample | MaskedArSample,
     edit: EditSettings,
     noise: PhiloxNoise,
@@ -180,7 +180,7 @@ def edit_images(
         region: [H, W] float in [0, 1] for all pictures: 1 is drawn anew, 0 kept. Values between are the weight of
             the new features (VAR, HMAR); a token with any weight is drawn.
         condition: B rows as `Conditions.encode` gives them: classes [B] int64 (VAR, HMAR: `num_classes` is "no
-            class"), token ids [B, T] int64 or text embeddings [B, T, W] float32.
+            class"), token ids [B, T] int64 or text embeddings [B, T, W] float32. None asks for nothing.
         settings: as for plain sampling. MAR and Hi-MAR take at most as many steps as there are tokens to draw.
         edit: how much is drawn.
         noise: random numbers of B images: `PhiloxNoise(seed, indices)`.
@@ -194,10 +194,11 @@ def edit_images(
             are none.
         UserError: the model gave numbers that are not finite, or an unknown precision.
     """
-    if len(images) not in (1, len(condition)):
-        raise ValueError(f"expected 1 image or {len(condition)} as there are conditions, got {len(images)}")
-    if len(noise.images) != len(condition):
-        raise ValueError(f"expected noise of {len(condition)} images, got {len(noise.images)}")
+    batch = len(noise.images)
+    if condition is not None and len(condition) != batch:
+        raise ValueError(f"expected {batch} conditions, as many as the noise is for, got {len(condition)}")
+    if len(images) not in (1, batch):
+        raise ValueError(f"expected 1 image or {batch}, as many as the noise is for, got {len(images)}")
     size = model_size(model, tokenizer)
     if tuple(images.shape[1:]) != (3, *size) or tuple(region.shape) != size:
         got = f"images {list(images.shape)} and a region {list(region.shape)}"
@@ -207,10 +208,12 @@ def edit_images(
         if isinstance(model, NextScaleTransformer):
             if not isinstance(tokenizer, MultiScaleVQ) or not isinstance(settings, NextScaleSample):
                 raise ValueError("expected the tokenizer and the settings of a next-scale model")
+            if condition is None:
+                condition = torch.full((batch,), model.num_classes, device=images.device)
             return _edit_token_maps(model, tokenizer, images, views, condition, settings, noise, precision)
         if not isinstance(tokenizer, KlAutoencoder) or not isinstance(settings, MaskedArSample):
             raise ValueError("expected the tokenizer and the settings of a masked autoregressive model")
-        known = _known_tokens(tokenizer, images, views, edit, len(condition))
+        known = _known_tokens(tokenizer, images, views, edit, batch)
         with autocast(images.device, precision):
             sampled = sample_masked(model, condition, settings, noise, known=known)
             return require_finite(decode(tokenizer.decode_latents, parts(sampled.latents)))

@@ -86,7 +86,7 @@ class KnownTokens:
 @torch.inference_mode()
 def sample_masked(
     model: MaskedTransformer,
-    condition: Tensor,
+    condition: Tensor | None,
     settings: MaskedArSample,
     noise: Noise,
     *,
@@ -98,8 +98,8 @@ def sample_masked(
 
     Args:
         model: in evaluation mode.
-        condition: as `MaskedTransformer.context` takes it, B rows.
-        settings: steps, guidance and the heads' sampler.
+        condition: as `MaskedTransformer.context` takes it, B rows; None draws images of no condition.
+        settings: steps, guidance and the heads' sampler. Without a condition guidance other than 1 is wasted time.
         noise: source of the random numbers.
         trace: receives intermediate tensors.
         processes: diffusion processes of the pivots' and the dense head; by default what the settings say.
@@ -140,7 +140,7 @@ class _Run:
     def __init__(
         self,
         model: MaskedTransformer,
-        condition: Tensor,
+        condition: Tensor | None,
         settings: MaskedArSample,
         noise: Noise,
         trace: Trace,
@@ -148,7 +148,7 @@ class _Run:
     ) -> None:
         self.model, self.settings, self.noise, self.trace = model, settings, noise, trace
         self.known = known  # by phase
-        self.conditional = model.context(condition)  # [B, G, D]
+        self.conditional = model.context(condition)  # [B or 1, G, D]
 
     def pivot_phase(self, process: Diffusion) -> tuple[Tensor, Tensor]:
         """Draw the pivots: latents [B, S, C], and what phase 2 sees of them, [B, S, D].
@@ -158,10 +158,10 @@ class _Run:
         """
         model, settings = self.model, self.settings
         assert model.pivot_head is not None
-        context = self._context(settings.pivot_cfg)
-        batch, total = len(self.conditional), model.pivot_count
-        conditional = self.conditional.new_zeros(batch, total, self.conditional.shape[-1])  # [B, S, D]
-        phase = _Phase(self, 0, total, model.pivot_head, process)
+        phase = _Phase(self, 0, model.pivot_count, model.pivot_head, process)
+        batch, total = phase.order.shape
+        context = self._context(settings.pivot_cfg, batch)
+        conditional = context.new_zeros(batch, total, context.shape[-1])  # [B, S, D]
         hidden = None if self.known[0] is None else ~phase.masked  # [B, S]
         for step, w in phase.steps(settings.pivot_steps, settings.pivot_cfg, settings.pivot_cfg_schedule):
             z = model.pivot_phase(context, *phase.known(context))  # [B or 2B, S, D]
@@ -174,19 +174,20 @@ class _Run:
     def dense_phase(self, guides: Tensor | None, process: Diffusion) -> Tensor:
         """Draw the dense tokens [B, N, C]; both halves of guidance see the same pivots."""
         model, settings = self.model, self.settings
-        context = self._context(settings.cfg)
+        phase = _Phase(self, 1, math.prod(model.grid), model.dense_head, process)
+        context = self._context(settings.cfg, len(phase.order))
         if guides is not None:
             guides = guides.repeat(len(context) // len(guides), 1, 1)
-        phase = _Phase(self, 1, math.prod(model.grid), model.dense_head, process)
         for step, w in phase.steps(settings.steps, settings.cfg, settings.cfg_schedule):
             phase.draw(step, model.dense_phase(context, guides, *phase.known(context)), w)
         return phase.tokens
 
-    def _context(self, cfg: float) -> Tensor:
-        """Context of the conditional half and, with guidance, of the other one below it."""
+    def _context(self, cfg: float, batch: int) -> Tensor:
+        """Context [B or 2B, G, D] of the conditional half and, with guidance, of the other one below it."""
+        conditional = self.conditional.expand(batch, -1, -1)
         if cfg == 1:
-            return self.conditional
-        return torch.cat([self.conditional, self.model.drop(self.conditional)])  # [2B, G, D]
+            return conditional
+        return torch.cat([conditional, self.model.drop(conditional)])
 
 
 class _Phase:

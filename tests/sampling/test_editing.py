@@ -15,6 +15,7 @@ from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
 from hmar_cli.models.text import JointTextEncoder
+from hmar_cli.pictures.painter import ModelPainter
 from hmar_cli.sampling.editing import EditSettings, edit_images, model_size, region_views
 from hmar_cli.sampling.images import Job, Labels, Prompts, Sampler
 from hmar_cli.sampling.masked import KnownTokens, sample_masked
@@ -546,11 +547,27 @@ def test_wrong_arguments() -> None:
         family.edit(pictures(1).transpose(2, 3), region, [0])
     with pytest.raises(ValueError, match=r"got images .* and a region .*12, 8"):
         family.edit(pictures(1), region.T, [0])
-    with pytest.raises(ValueError, match="expected 1 image or 3 as there are conditions, got 2"):
+    with pytest.raises(ValueError, match=r"expected 1 image or 3, as many .* got 2"):
         family.edit(pictures(2), region, [0, 1, 2])
     for one, other in ((family, mar), (mar, family)):
         with pytest.raises(ValueError, match="expected the tokenizer and the settings"):
             replace(one, settings=other.settings).edit(pictures(1), region, [0])
+
+
+@pytest.mark.parametrize("name", NEXT_SCALE + MASKED + TEXT)
+def test_without_a_condition_no_class_and_no_text_is_seen(name: str) -> None:
+    family, region, batches = make(name), random_region(2).numpy(), set()
+    painter = ModelPainter(family.model, family.tokenizer, None, family.settings, EditSettings())
+    images = np.full((2, HEIGHT, WIDTH, 3), 90, np.uint8)
+    if isinstance(family.model, MaskedTransformer):
+        family.model.decoder.register_forward_pre_hook(lambda stack, inputs: batches.add(len(inputs[0])))
+    first = painter.paint(images, region, [4, 7], 0)
+    assert batches <= {2}  # nothing to guide towards
+    seen = family.model.text_proj if name in TEXT else family.model.class_embed
+    with torch.no_grad():
+        for parameter in seen.parameters():
+            parameter[:3].add_(1.0)  # of VAR and HMAR, the row below stands for "no class"
+    assert (painter.paint(images, region, [4, 7], 0) == first).all()
 
 
 @pytest.mark.parametrize("name", ["hmar", "himar"])
