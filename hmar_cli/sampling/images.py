@@ -34,6 +34,9 @@ from hmar_cli.tokenizers.msvq import MultiScaleVQ
 GRID_LIMIT = 256
 """Most images that the grid shows."""
 
+TOGETHER = ("grid.png", "grid-pivots.png", "samples.npz")
+"""Files that are made of all images."""
+
 
 class Conditions(Protocol):
     """What the images are of; image i has the i-th condition, modulo their number."""
@@ -290,7 +293,7 @@ def draw_images(
     """Draw all images of a job into `out`: 000000.png ..., grid.png, sample.json, and what `keep` adds.
 
     Images that an earlier run with the same settings finished are kept, also where it drew fewer. Several processes
-    share the work, and stay connected.
+    share the work, and stay connected. What an earlier run made of all images goes where they become others or more.
 
     Args:
         model: the model, in evaluation mode.
@@ -310,12 +313,15 @@ def draw_images(
     """
     place = join_processes(device)
     record = {**about, "precision": resolve_precision(place.device, job.precision)}
-    _require_same_job(out, record)
+    recorded = _require_same_job(out, record)
     there = sum(_complete(out, i, keep) for i in range(job.count))
     wait_for_processes()  # all have seen what the folder held before it changes
     if place.rank == 0:
         for leftover in out.glob(".*.png.*.tmp"):  # of a killed run
             leftover.unlink()
+        if there < job.count or recorded != job.count:
+            for name in TOGETHER:
+                (out / name).unlink(missing_ok=True)
     model, tokenizer = model.to(place.device), tokenizer.to(place.device)
     attention = ""
     if isinstance(model, NextScaleTransformer):
@@ -431,19 +437,20 @@ def _complete(out: Path, index: int, keep: Keep) -> bool:
     return image_path(out, index).exists() and (not keep.pivots or pivot_path(out, index).exists())
 
 
-def _require_same_job(out: Path, record: dict[str, Any]) -> None:
+def _require_same_job(out: Path, record: dict[str, Any]) -> int | None:
     """See that images in the folder, if there are any, are of this job; their number may differ.
+
+    Returns:
+        The number that was asked for before; None where nothing was.
 
     Raises:
         UserError: the folder holds other images.
     """
-    path = out / "sample.json"
+    path, found = out / "sample.json", dict[str, Any]()
     free = ("made_with", "count", "recipe", "step")  # the hash of the weights stands for the last two
     if path.exists():
-        try:
+        with contextlib.suppress(ValueError, TypeError):
             found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            found = {}
         wanted = json.loads(json.dumps(record))
         keys = [key for key in {**found, **wanted} if key not in free and found.get(key) != wanted.get(key)]
         if keys:
@@ -454,6 +461,7 @@ def _require_same_job(out: Path, record: dict[str, Any]) -> None:
             )
     elif image_path(out, 0).exists():
         raise UserError(f"{out} holds images of an unknown origin", "choose another --out")
+    return found.get("count")
 
 
 def _made_with(place: Place, job: Job, attention: str) -> dict[str, Any]:

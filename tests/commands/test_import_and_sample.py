@@ -126,6 +126,25 @@ def test_batch_size_and_interruption_change_nothing(world: World, tmp_path: Path
     assert json.loads(result.stdout)["already_there"] == 5 and pixels(tmp_path / "one")[:5] == whole
 
 
+def test_an_array_of_all_images_is_never_one_of_some(world: World, tmp_path: Path) -> None:
+    def shape() -> Any:
+        path = tmp_path / "samples.npz"
+        return np.load(path)["arr_0"].shape[0] if path.exists() else None
+
+    for count, flags, found in (
+        (2, ("--npz",), 2),
+        (2, (), 2),  # nothing has changed
+        (3, (), None),
+        (3, ("--npz",), 3),
+        (2, (), None),
+        (2, ("--npz",), 2),
+    ):
+        assert sample(world, tmp_path, "--count", count, *flags).exit_code == 0
+        assert shape() == found
+    (tmp_path / "000001.png").unlink()
+    assert sample(world, tmp_path, "--count", 2).exit_code == 0 and shape() is None
+
+
 def test_mistakes_are_one_line_and_a_hint(world: World, tmp_path: Path) -> None:
     cases = {
         "no class 'zebra'": ("--labels", "zebra"),
