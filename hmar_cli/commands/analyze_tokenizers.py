@@ -155,10 +155,10 @@ def draw(rows: "Sequence[Row]") -> "Figure":
     names = [f"{row['tokenizer']}, {row['pixels']}" + f"\n{row['images']}" * several for row in rows]
     keys = dict.fromkeys(key for row in rows for key in row)
     distances = [key for key in keys if key.startswith("rFID")]
-    panels = {f"{key} (higher is better)": [key] for key in (UNITS["PSNR"], "SSIM") if key in keys}
+    panels = {f"{key}, higher is better": [key] for key in (UNITS["PSNR"], "SSIM") if key in keys}
     if distances:
         title = distances[0] if len(distances) == 1 else distances[0].rpartition("-")[0]
-        panels[f"{title} (lower is better)"] = distances
+        panels[f"{title}, lower is better"] = distances
     return bar_figure(
         names,
         {

@@ -96,7 +96,7 @@ def refuse_fixed(preset: str, asked: Mapping[str, Any]) -> None:
 
 
 def short_names(
-    paths: Sequence[Path], short: Callable[[Path], str] = lambda path: path.resolve().name
+    paths: Sequence[Path], short: Callable[[Path], str] = lambda path: path.absolute().name
 ) -> list[str]:
     """A name for each path: a short one, or the path where several have that.
 
