@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hmar_cli.console import console
-from hmar_cli.errors import UserError
+from hmar_cli.errors import UserError, from_os_error
 
 
 @contextlib.contextmanager
@@ -120,8 +120,12 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}", from_os_error(error).hint
+        ) from error
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: not JSON ({error})") from error
 
 
 def file_sha256(path: Path) -> str:

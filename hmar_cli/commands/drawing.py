@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hmar_cli.checkpoints import store
     from hmar_cli.models.scales import Scales, Schedule
     from hmar_cli.sampling.images import Conditions, Job
-    from hmar_cli.settings import ClipText, JointText, MaskedArSample, NextScaleSample
+    from hmar_cli.settings import ClipText, JointText, MaskedArSample, NextScaleSample, Recipe
 
 NEXT_SCALE_PANEL = "VAR, HMAR"
 MASKED_PANEL = "MAR, Hi-MAR"
@@ -37,7 +37,7 @@ BatchSize = Annotated[int, typer.Option(min=0, help="Images at once; 0 is the re
 Weights = Annotated[str, typer.Option(help="model or ema. [default: ema where it exists]")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Tokenizer, where the checkpoint carries none.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")]
-Precision = Annotated[str, typer.Option(help="auto (bf16 on a GPU), bf16 or fp32.")]
+Precision = Annotated[Literal["auto", "bf16", "fp32"], typer.Option(help="auto is bf16 on a GPU, else fp32.")]
 ExtractorWeights = Annotated[
     Path | None, typer.Option(help="File of the extractor's weights, where they cannot be downloaded.")
 ]
@@ -223,13 +223,17 @@ def parse_schedule(text: str, default: "Schedule", scales: "Scales") -> "Schedul
             return tuple((1,) * n for n in scales.lengths)
         if text.startswith("["):
             return check_schedule(json.loads(text), scales)
-        passes = [int(part) for part in text.split(",")]
+        parts = [part.strip() for part in text.split(",")]
+        if not all(part.isdecimal() for part in parts):
+            raise ValueError("no such schedule")
+        passes = [int(part) for part in parts]
         if len(passes) != len(scales):
             raise ValueError(f"expected passes for {len(scales)} scales, got {len(passes)}")
         return tuple(split_passes(n, p) for n, p in zip(scales.lengths, passes, strict=True))
     except (ValueError, TypeError) as error:
+        broken = isinstance(error, json.JSONDecodeError)
         raise UserError(
-            f"--schedule {text}: {error}",
+            f"--schedule {text}: {'not JSON' if broken else error}",
             f"use recipe, none, single, passes for the {len(scales)} scales such as "
             f"{','.join('1' * len(scales))}, or JSON",
         ) from error
@@ -317,8 +321,27 @@ def resolve(checkpoint: "store.Checkpoint", given: dict[str, Any]) -> "NextScale
         given = {"head_steps": steps[0], "pivot_head_steps": steps[1], "temperature": 1.0, **given}
     chosen = replace(settings, **given)
     if problems := impossible_combinations(replace(recipe, sample=chosen)):
-        raise UserError("these flags cannot be followed", "see `--help`", problems)
+        raise _of_flags(problems, chosen, recipe)
     return chosen
+
+
+def _of_flags(problems: list[str], chosen: "MaskedArSample", recipe: "Recipe") -> UserError:
+    """What is wrong with a recipe whose settings of the sampler are those of the flags, in terms of the flags."""
+    import math
+
+    lines, hints = [], []
+    for problem in problems:
+        setting, _, what = problem.removeprefix("sample.").partition(": ")
+        flag = f"--{setting.replace('_', '-')}"
+        lines.append(f"{flag} {getattr(chosen, setting)}: {what}")
+        if setting == "temperature":
+            hints.append(f"leave out {flag}, or add --head-sampler ddpm")
+        else:
+            grid = recipe.grid if setting == "steps" else recipe.pivot_grid
+            hints.append(f"at most {flag} {math.prod(grid or ())}")
+    if len(lines) == 1:
+        return UserError(lines[0], hints[0])
+    return UserError("these flags cannot be followed", "; ".join(hints), lines)
 
 
 def _resolve_next_scale(

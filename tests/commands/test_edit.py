@@ -326,7 +326,7 @@ def test_a_full_disk_leaves_no_half_written_file(world: Path, tmp_path: Path, mo
         ("hmar", (*BOX, "--cfg", 2), "--cfg guides towards a class or a text"),
         ("hmar", (*BOX, "--steps", 2), "which has no --steps"),
         ("mar", (*BOX, "--pivot-steps", 2), "has no pivots"),
-        ("hmar", (*BOX, "--precision", "fp7"), "no precision 'fp7'"),
+        ("hmar", (*BOX, "--precision", "fp7"), "'fp7' is not one of 'auto', 'bf16', 'fp32'"),
         ("tokenizers/hmar", BOX, "holds a tokenizer, not a model"),
     ],
 )

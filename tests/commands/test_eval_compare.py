@@ -142,8 +142,11 @@ def test_mistakes_are_one_line_and_a_hint(tmp_path: Path) -> None:
     (tmp_path / "hollow.json").write_text(json.dumps(report().describe() | {"metrics": {"fid": 3}}))
     refused(compare(good), "1 report to compare", "two or more")
     refused(compare(good, good), "is given twice", "once")
-    refused(compare(good, tmp_path / "nowhere.json"), "cannot read", "--out FILE.json")
-    refused(compare(good, tmp_path / "torn.json"), "cannot read", "--out FILE.json")
+    refused(
+        compare(good, tmp_path / "nowhere.json"), "nowhere.json: No such file or directory", "--out FILE.json"
+    )
+    refused(compare(good, tmp_path / "torn.json"), "torn.json: not JSON", "--out FILE.json")
+    refused(compare(good, tmp_path), f"cannot read {tmp_path}: Is a directory", "--out FILE.json")
     refused(compare(good, tmp_path / "list.json"), "is no report", "--out FILE.json")
     refused(compare(good, tmp_path / "hollow.json"), "is no report", "--out FILE.json")
     refused(compare(good, tmp_path / "newer.json"), "has version 2 of the format", "update")

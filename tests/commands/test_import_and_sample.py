@@ -148,8 +148,11 @@ def test_an_array_of_all_images_is_never_one_of_some(world: World, tmp_path: Pat
 def test_mistakes_are_one_line_and_a_hint(world: World, tmp_path: Path) -> None:
     cases = {
         "no class 'zebra'": ("--labels", "zebra"),
-        "--schedule 1,2": ("--schedule", "1,2"),
-        "precision": ("--precision", "fp8"),
+        "--schedule 1,2: expected passes for": ("--schedule", "1,2"),
+        "--schedule abc: no such schedule": ("--schedule", "abc"),
+        "--schedule 1,x,1,1: no such schedule": ("--schedule", "1,x,1,1"),
+        "--schedule [[1: not JSON": ("--schedule", "[[1"),
+        "'fp16' is not one of 'auto', 'bf16', 'fp32'": ("--precision", "fp16", "--dry-run"),
         "no weights 'best'": ("--weights", "best"),
     }
     for message, extra in cases.items():

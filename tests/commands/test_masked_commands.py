@@ -170,8 +170,20 @@ def test_a_tokenizer_without_a_scale_takes_that_of_the_model(world: Path, tmp_pa
     ("flags", "line"),
     [
         (("--top-k", 5), "is a MAR or Hi-MAR, which has no --top-k"),
-        (("--steps", 65), "sample.steps: 65 steps for 8x8 tokens"),
-        (("--head-sampler", "dpm++", "--temperature", 0.9), 'it scales the noise of "ddpm"'),
+        (
+            ("--steps", 65),
+            "error: --steps 65: 65 steps for 8x8 tokens; at most one a token hint: at most --steps 64",
+        ),
+        (("--pivot-steps", 17), "at most one a token hint: at most --pivot-steps 16"),
+        (
+            ("--head-sampler", "dpm++", "--temperature", 0.9),
+            'error: --temperature 0.9: it scales the noise of "ddpm"; "dpm++" adds none '
+            "hint: leave out --temperature, or add --head-sampler ddpm",
+        ),
+        (
+            ("--steps", 65, "--pivot-steps", 17),
+            "cannot be followed --steps 65: 65 steps for 8x8 tokens; at most one a token --pivot-steps 17: 17",
+        ),
         (("--prompt", "a red circle"), "draws classes and knows no text"),
         (("--text-weights", "x.safetensors"), "reads no text through CLIP"),
         (("--labels", "cat"), "no class 'cat'"),
