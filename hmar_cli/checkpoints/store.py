@@ -260,6 +260,10 @@ def find_checkpoint(path: Path | str) -> Path:
         return path
     steps = list_steps(path)
     if not steps:
+        if (path / "tokenizer" / "checkpoint.json").is_file():
+            raise UserError(
+                f"{path} is a cache, no checkpoint", f"it carries a tokenizer in {path}/tokenizer"
+            )
         raise UserError(
             f"no checkpoint in {path}", "expected checkpoint.json, or folders such as step-00001000"
         )

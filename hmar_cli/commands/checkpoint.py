@@ -156,6 +156,17 @@ def _tokens(recipe: "Recipe") -> dict[str, Any]:
     }
 
 
+def _words(value: Any) -> str:
+    """A value as the table shows it; empty where there is none."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):  # a list inside it is a grid
+        return ", ".join("x".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in value)
+    return "" if value is None else str(value)
+
+
 @app.command("inspect", help=INSPECT_HELP)
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint or run folder.")],
@@ -178,7 +189,7 @@ def inspect(
         **_tokens(recipe),
         "classes": len(names),
         "class_names": list(names),
-        "masked_branch": recipe.objective.kind == "masked",
+        "masked_branch": recipe.objective.kind == "masked" if checkpoint.kind == "next-scale" else None,
         "resumable": checkpoint.resumable,
         "tokenizer_hash": checkpoint.tokenizer_hash,
         "tokenizer": "carried" if checkpoint.tokenizer else None,
@@ -195,6 +206,8 @@ def inspect(
     table = Table(show_header=False)
     table.add_column()
     table.add_column(overflow="fold")  # a long hash goes on in the next line
-    for key, value in {**about, "class_names": shown}.items():
-        table.add_row(key.replace("_", " "), f"{value:,}" if key == "parameters" else str(value))
+    grids = {key: [about[key]] for key in ("size", "grid", "pivot_grid") if about.get(key)}
+    for key, value in (about | grids | {"class_names": shown}).items():
+        if text := f"{value:,}" if key == "parameters" else _words(value):
+            table.add_row(key.replace("_", " "), text)
     Console().print(table)

@@ -113,6 +113,10 @@ def test_missing_paths_are_named(tmp_path):
         open_checkpoint(tmp_path / "nothing")
     with pytest.raises(UserError, match="no checkpoint in"):
         open_checkpoint(tmp_path)
+    save(tmp_path / "cache" / "tokenizer")
+    with pytest.raises(UserError, match="cache is a cache, no checkpoint") as caught:
+        open_checkpoint(tmp_path / "cache")
+    assert caught.value.hint == f"it carries a tokenizer in {tmp_path}/cache/tokenizer"
     found = open_checkpoint(save(tmp_path / "c"))
     with pytest.raises(UserError, match="no weights 'ema'"):
         found.load("ema")

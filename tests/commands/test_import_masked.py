@@ -90,6 +90,12 @@ def tokenizer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def rows(table: str) -> dict[str, str]:
+    """The table of `hmar checkpoint inspect`; what goes on in another line is left out."""
+    cells = (line.split("│")[1:3] for line in table.splitlines() if "│" in line)
+    return {name.strip(): value.strip() for name, value in cells if name.strip()}
+
+
 def test_kl16(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
     result = bring(folder, "kl16.ckpt", "kl", tmp_path / "again", "--json")
     account = json.loads(result.stdout)
@@ -101,6 +107,8 @@ def test_kl16(folder: Path, tokenizer: Path, tmp_path: Path) -> None:
     assert (about["kind"], about["recipe"], about["latent_scale"]) == ("kl", "kl-16", 0.2325)
     assert (about["grid"], about["latent_channels"]) == ([16, 16], 16)
     assert about["source"]["sha256"] == file_sha256(folder / "kl16.ckpt")
+    shown = rows(hmar("checkpoint", "inspect", tokenizer).stdout)
+    assert shown["weights"] == "model" and not {"tokenizer", "class names", "masked branch"} & shown.keys()
     codec = load_tokenizer(tokenizer)
     assert about["tokenizer_hash"] == codec.fingerprint()
     expected = read_kl(state).state
@@ -122,6 +130,11 @@ def test_raw_and_averaged_weights(
     assert (about["tokenizer"], about["latent_scale"]) == ("carried", 0.2325)
     assert about["pivot_grid"] == ([4, 4] if family == "himar" else None)
     assert licence in about["licence"]
+    shown = rows(hmar("checkpoint", "inspect", out).stdout)
+    grids = [shown.get("grid"), shown.get("pivot grid")]
+    assert grids == (["8x8", "4x4"] if family == "himar" else ["4x4", None])
+    assert (shown["weights"], shown["resumable"]) == ("model, ema", "no")
+    assert "masked branch" not in shown and shown["source"].startswith(f"file {family}.pth, sha256")
     expected = read_masked(state).state
     for which, shift in (("", 1), ("ema", 1), ("model", 0)):  # averaged ones are drawn with by default
         model, codec, _ = load_model(out, which)
