@@ -32,7 +32,7 @@ from hmar_cli.console import console
 from hmar_cli.data.batches import cache_batches, image_batches
 from hmar_cli.data.cache import Cache
 from hmar_cli.data.captions import describe
-from hmar_cli.data.images import ImageSource
+from hmar_cli.data.images import ImageSource, class_places
 from hmar_cli.data.sources import open_source
 from hmar_cli.errors import UserError
 from hmar_cli.models.next_scale import NextScaleTransformer
@@ -401,9 +401,9 @@ def initialize(model: Model, origin: Checkpoint, class_names: tuple[str, ...]) -
     fresh = model.state_dict().get(key)
     fits = fresh is not None and key in weights and fresh.shape[1] == weights[key].shape[1]
     if fresh is not None and fits and origin.class_names != class_names:
-        weights[key], found = remap_class_embedding(
-            weights[key], fresh.cpu(), origin.class_names, class_names
-        )
+        places = class_places(class_names, origin.class_names)
+        weights[key] = remap_class_embedding(weights[key], fresh.cpu(), places)
+        found = sum(place >= 0 for place in places)
         what = f"class embeddings: {found} of {len(class_names)} classes found by name in {origin.folder}"
         console.print(what, soft_wrap=True)
     load_weights(model, weights, origin.folder)

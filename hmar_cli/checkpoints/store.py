@@ -303,36 +303,28 @@ def clean(run: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def remap_class_embedding(
-    old: Tensor, fresh: Tensor, old_names: Sequence[str], new_names: Sequence[str]
-) -> tuple[Tensor, int]:
-    """Carry class embeddings over to another list of classes, by name.
+def remap_class_embedding(old: Tensor, fresh: Tensor, places: Sequence[int]) -> Tensor:
+    """Carry class embeddings over to another list of classes.
 
     Args:
         old: embeddings to start from, one row a class, and in some models more below them ("no class").
-        fresh: initial embeddings of as many rows more, used for classes that `old_names` lacks.
-        old_names: names of the old classes.
-        new_names: names of the new classes.
-
-    Returns:
-        The embeddings, and how many classes were found by name.
+        fresh: initial embeddings of the new classes and of as many rows more.
+        places: where each of the new classes is among the old ones; -1 keeps its initial embedding.
 
     Raises:
-        ValueError: a list of names that does not fit its embeddings.
+        ValueError: more classes than embeddings, or one that is not among the old ones.
     """
-    more = len(fresh) - len(new_names)
-    if more < 0 or len(old) - len(old_names) != more:
+    more = len(fresh) - len(places)
+    if not 0 <= more <= len(old) or max(places, default=-1) >= len(old) - more:
         raise ValueError(
-            f"expected a row a class and as many more in both, got {len(old)} for {len(old_names)} classes and "
-            f"{len(fresh)} for {len(new_names)}"
+            f"expected a row a class and as many more in both, got {len(old)}, and {len(fresh)} for {list(places)}"
         )
-    rows = {name: row for row, name in reversed(list(enumerate(old_names)))}
     result = fresh.clone()
-    result[len(new_names) :] = old[len(old_names) :]
-    matched = [(new, rows[name]) for new, name in enumerate(new_names) if name in rows]
-    for new, row in matched:
-        result[new] = old[row]
-    return result, len(matched)
+    result[len(places) :] = old[len(old) - more :]
+    for new, place in enumerate(places):
+        if place >= 0:
+            result[new] = old[place]
+    return result
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hmar_cli.app import app
 from hmar_cli.builders import load_model, load_tokenizer
 from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint, step_folder
 from hmar_cli.recipe import load_recipe
+from hmar_cli.runs import initialize
 from hmar_cli.training.logging import read_rows
 
 SHORT = ("--set", "train.steps=2", "--set", "train.save_every=2", "--device", "cpu")
@@ -184,6 +186,17 @@ def test_init_carries_class_embeddings_by_name(toys, cache, base, tmp_path):
     torch.testing.assert_close(new[key][-1], old[key][-1])
     torch.testing.assert_close(new["word_embed.weight"], old["word_embed.weight"])
     assert (new[key][1] - old[key][2]).abs().max() > 1e-3
+
+
+def test_init_takes_no_class_whose_name_says_not_which(tmp_path):
+    model, old = torch.nn.ModuleDict({"class_embed": torch.nn.Embedding(3, 1)}), torch.arange(4.0)[:, None]
+    fresh = model.class_embed.weight.detach().clone()
+    names = ("crane", "dog", "crane")
+    origin = SimpleNamespace(
+        class_names=names, folder=tmp_path, load=lambda: {"class_embed.weight": old.clone()}
+    )
+    initialize(model, origin, ("crane", "dog"))
+    assert model.class_embed.weight.flatten().tolist() == [fresh[0].item(), 1, 3]
 
 
 def test_init_from_a_model_of_another_tokenizer_is_refused(toys, other_cache, base, tmp_path):
