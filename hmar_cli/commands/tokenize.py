@@ -204,7 +204,11 @@ def conclude(summary: dict[str, Any], as_json: bool, dry_run: bool) -> None:
 
 
 def content(summary: dict[str, Any]) -> None:
-    """Print what a cache of moments, or one with captions, holds."""
+    """Print what else there is to know of a cache: that its images have no labels, its latents, its captions."""
+    from hmar_cli.data.images import UNLABELLED
+
+    if summary["class_names"] == list(UNLABELLED):
+        print(f"  no subfolders or labels: one class, '{UNLABELLED[0]}'")
     if summary["kind"] == "moments":
         shapes = (f"{name} {' x '.join(map(str, shape))}" for name, shape in summary["shapes"].items())
         scale = summary["latent_scale"]

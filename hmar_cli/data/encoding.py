@@ -284,6 +284,7 @@ def _description(settings: CacheSettings, tokenizer: Tokenizer) -> dict[str, Any
         "tokens": first[-1] * (first[-2] if len(first) > 1 else 1),
         "shapes": shapes,
         "classes": len(settings.class_names),
+        "class_names": list(settings.class_names),
         "tokenizer_hash": settings.tokenizer_hash,
     }
     if settings.kind == "moments":
@@ -305,7 +306,6 @@ def _plan(writer: CacheWriter, tokenizer: Tokenizer, place: Place) -> dict[str, 
         "source": settings.source,
         "images": settings.length,
         "done": writer.done(),
-        "class_names": list(settings.class_names),
         "transform": settings.transform,
         "bytes": size,
         "batch_size": writer.batch_size,

@@ -133,6 +133,13 @@ def test_summary_for_people(tokenizer: Path, tmp_path: Path) -> None:
     assert "verified: 4 files unchanged, 100.000% of tokens equal in 6 images" in again.stdout
 
 
+def test_images_without_classes_are_said_to_be_of_one(tokenizer: Path, tmp_path: Path, folder: Path) -> None:
+    arguments = ("--tokenizer", tokenizer, "--out", tmp_path / "c", "--dry-run")
+    line = "  no subfolders or labels: one class, 'image'"
+    assert line in hmar("tokenize", folder / "dog", *arguments).stdout.splitlines()
+    assert line not in hmar("tokenize", folder, *arguments).stdout.splitlines()
+
+
 def test_dry_run_writes_nothing(tokenizer: Path, tmp_path: Path) -> None:
     arguments = (
         "tokenize",
