@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 NEXT_SCALE_PANEL = "VAR, HMAR"
 MASKED_PANEL = "MAR, Hi-MAR"
 
+SHOWN = 8
+"""Classes or prompts that a plan names."""
 
 FAST_STEPS, SLOW_STEPS = (20, 20), (250, 100)
 """Steps of the dense and the pivot head with "ddim" or "dpm++", and with "ddpm", where the recipe has the other."""
@@ -396,6 +398,29 @@ class Order:
         """Of the classes that are drawn; none where prompts are."""
         return tuple(self.checkpoint.class_names[each] for each in self.classes)
 
+    def outline(self) -> dict[str, str]:
+        """What would be drawn, in a line each, for `print_plan`.
+
+        Raises:
+            UserError: the checkpoint has no such weights.
+        """
+        from dataclasses import asdict
+
+        source, loading = self.checkpoint, self.loading
+        settings = {key: value for key, value in asdict(self.settings).items() if key != "batch_size"}
+        if "schedule" in settings:
+            passes = ",".join(str(len(entry)) for entry in settings["schedule"])
+            settings["schedule"] = passes or "none"
+        contents, what = (self.prompts, "prompts") if self.prompts else (self.class_names, "classes")
+        some = "; ".join(contents[:SHOWN]) + "; …" * (len(contents) > SHOWN)
+        weights = source.weights_file(loading.weights).stem
+        return {
+            "images": f"{self.count} by seed {loading.seed}, {self.batch_size} at once, in {loading.precision}",
+            what: f"{len(contents)}: {some}",
+            "weights": f"{weights} of {source.folder}, step {source.step} of {source.recipe.name}",
+            "sampler": ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()),
+        }
+
     def job(self) -> "Job":
         """The work for a sampler."""
         from hmar_cli.sampling.images import Job
@@ -426,6 +451,12 @@ class Order:
             **({} if self.prompts else {"class_names": list(self.class_names)}),
         }
         return model, codec, about
+
+
+def print_plan(lines: Mapping[str, str]) -> None:
+    """Print what a command would do: a name and a text in each line."""
+    for name, text in lines.items():
+        print(f"{name:9} {text}")
 
 
 def place_order(

@@ -99,8 +99,14 @@ def compbench(
         count=per_prompt * len(all_prompts(groups)),
         batch_size=batch_size,
     )
-    if dry_run:
+    if dry_run and as_json:
         print(json.dumps(planned(order, groups, per_prompt, out), indent=2, ensure_ascii=False))
+        return
+    if dry_run:
+        sizes = ", ".join(f"{group.name} ({len(group.prompts)})" for group in groups)
+        drawing.print_plan(
+            {**order.outline(), "of each": f"{per_prompt} images: {sizes}", "output": str(out)}
+        )
         return
     delegate(launch, device)
     report = draw_and_measure(order, groups, per_prompt, out, picture, clip, clip_weights, device)

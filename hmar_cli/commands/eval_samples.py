@@ -124,9 +124,13 @@ def samples(
             "keep": keep,
         }
         refuse_drawing(subject, asked)
-    if dry_run:
+    if dry_run and as_json:
         drawn = condensed(order.job().describe()) if order else None
         print(json.dumps({"subject": subject, "draw": drawn, "measure": plan.describe()}, indent=2))
+        return
+    if dry_run:
+        lines = order.outline() if order else {"images": subject}
+        drawing.print_plan({**lines, **plan.outline()})
         return
     delegate(launch, device)
     from hmar_cli.commands.evaluating import evaluate, print_report

@@ -63,6 +63,17 @@ class Plan:
         """The plan as JSON has it."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
+    def outline(self) -> dict[str, str]:
+        """The plan in a line each, for people."""
+        size = f"cut to {self.size} px ({self.crop})" if self.size else f"crop {self.crop}"
+        lines = {
+            "measure": f"{', '.join(self.metrics) or 'accuracy'} of {self.count or 'all'} images, {size}",
+            "extractor": self.extractor,
+            "reference": self.reference,
+            "writes": f"statistics, {self.make_stats}" if self.make_stats else "",
+        }
+        return {name: text for name, text in lines.items() if text}
+
 
 def evaluate(
     subject: str, order: "Order | None", plan: Plan, *, keep: Path | None, device: str, grid: Path | None

@@ -95,5 +95,7 @@ def sample(
             return
         about |= summary
         console.print(f"{job.count} images in {out}, together in {out / 'grid.png'}")
-    if as_json or dry_run:
+    if dry_run and not as_json:
+        drawing.print_plan({**order.outline(), "output": str(out)})
+    if as_json:
         print(json.dumps(about, indent=2, ensure_ascii=False))

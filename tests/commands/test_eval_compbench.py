@@ -123,8 +123,11 @@ def test_it_goes_on_and_draws_more(world: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_draws_nothing(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = compbench(world, out, "--dry-run", "--limit", 1, "--cfg", 3)
-    found = json.loads(result.stdout)
+    flags = ("--dry-run", "--limit", 1, "--cfg", 3)
+    plan = compbench(world, out, *flags).stdout.splitlines()
+    assert plan[0].startswith("images    20 by seed 0") and "cfg 3.0" in plan[3]
+    assert plan[4:] == ["of each   10 images: color (1), scenes (1)", f"output    {out}"]
+    found = json.loads(compbench(world, out, *flags, "--json").stdout)
     assert (found["images"], found["per_prompt"]) == (20, 10)
     assert found["categories"] == {"color": 1, "scenes": 1} and found["sampling"]["cfg"] == 3
     assert not out.exists()

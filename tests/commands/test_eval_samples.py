@@ -498,6 +498,10 @@ def test_two_processes_measure_what_one_does(run: Path, model: Path, tmp_path: P
 
 def test_a_dry_run_says_what_would_be_done(run: Path, model: Path, cache: Path) -> None:
     result = measure(run, model, "--count", 9, "--cfg", 2.5, "--metrics", "fid,is", "--dry-run")
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert lines["images"].startswith("9 by seed 0") and "cfg 2.5" in lines["sampler"]
+    assert lines["measure"].startswith("fid, is of 9 images") and lines["reference"] == REFERENCE
+    result = measure(run, model, "--count", 9, "--cfg", 2.5, "--metrics", "fid,is", "--dry-run", "--json")
     about = json.loads(result.stdout)
     assert (about["draw"]["count"], about["draw"]["cfg"]) == (9, 2.5)
     assert about["measure"]["metrics"] == ["fid", "is"] and about["measure"]["reference"] == REFERENCE
@@ -517,7 +521,18 @@ def test_a_text_model_draws_captions_of_the_reference(
     recipe = load_recipe("himar-scenes-tiny", (*small, "tokenizer.latent_scale=0.5"))
     save_random(tmp_path / "text", recipe, ())
     source = "builtin:scenes?count=40"
-    flags = ("--extractor", run, "--reference", source, "--count", 20, "--dry-run", "--device", "cpu")
+    flags = (
+        "--extractor",
+        run,
+        "--reference",
+        source,
+        "--count",
+        20,
+        "--dry-run",
+        "--json",
+        "--device",
+        "cpu",
+    )
 
     def prompts(*more: object) -> Any:
         result = hmar("eval", "samples", tmp_path / "text", *flags, *more)

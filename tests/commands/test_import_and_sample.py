@@ -145,6 +145,19 @@ def test_an_array_of_all_images_is_never_one_of_some(world: World, tmp_path: Pat
     assert sample(world, tmp_path, "--count", 2).exit_code == 0 and shape() is None
 
 
+def test_a_dry_run_says_in_a_few_lines_what_would_be_drawn(world: World, tmp_path: Path) -> None:
+    flags = ("--count", 7, "--labels", "3,1", "--top-k", 4, "--dry-run")
+    lines = [line.split(maxsplit=1) for line in sample(world, tmp_path / "a", *flags).stdout.splitlines()]
+    assert [name for name, _ in lines] == ["images", "classes", "weights", "sampler", "output"]
+    said = dict(lines)
+    assert said["images"].startswith("7 by seed 0") and said["classes"].startswith("2: ")
+    assert "top k 4" in said["sampler"] and "schedule none" in said["sampler"]
+    assert str(world.checkpoint) in said["weights"] and said["output"] == str(tmp_path / "a")
+    about = json.loads(sample(world, tmp_path / "a", *flags, "--json").stdout)
+    assert (about["count"], about["top_k"], about["labels"]) == (7, 4, [3, 1])
+    assert not (tmp_path / "a").exists()
+
+
 def test_mistakes_are_one_line_and_a_hint(world: World, tmp_path: Path) -> None:
     cases = {
         "no class 'zebra'": ("--labels", "zebra"),

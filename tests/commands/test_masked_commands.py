@@ -154,7 +154,7 @@ def test_ddpm_steps_are_not_those_of_a_fast_sampler(world: Path, tmp_path: Path)
     shutil.copytree(world / "mar", fast)
     for recipe in fast.glob("step-*/recipe.toml"):
         recipe.write_text(recipe.read_text().replace('head_sampler = "ddpm"', 'head_sampler = "dpm++"'))
-    flags = ("--checkpoint", fast, "--head-sampler", "ddpm", "--out", tmp_path / "a", "--dry-run")
+    flags = ("--checkpoint", fast, "--head-sampler", "ddpm", "--out", tmp_path / "a", "--dry-run", "--json")
     about = json.loads(done("sample", *flags).stdout)
     assert (about["head_steps"], about["pivot_head_steps"]) == (250, 100)
 
