@@ -77,7 +77,7 @@ def refinement_values(recipe: Recipe, schedule: Schedule) -> dict[str, Sequence[
     """The scales that have room for a pass more than `schedule` gives them (Fig. 20), by their numbers from 1."""
     scales = recipe.scales
     passes = [len(entry) for entry in schedule] or [1] * len(scales)
-    return {EXTRA_PASS: [k + 1 for k in range(len(scales)) if passes[k] < scales.lengths[k]]}
+    return {EXTRA_PASS: [k + 1 for k in range(1, len(scales)) if passes[k] < scales.lengths[k]]}
 
 
 def with_extra_pass(schedule: Schedule, scales: Scales, number: int) -> Schedule:
@@ -89,10 +89,10 @@ def with_extra_pass(schedule: Schedule, scales: Scales, number: int) -> Schedule
         number: of the scale.
 
     Raises:
-        ValueError: no such scale, or one that has no token left for a pass more.
+        ValueError: no such scale, the first, which none refines, or one that has no token left for a pass more.
     """
-    if not 1 <= number <= len(scales):
-        raise ValueError(f"expected a scale from 1 to {len(scales)}, got {number}")
+    if not 2 <= number <= len(scales):
+        raise ValueError(f"expected a scale from 2 to {len(scales)}, got {number}")
     entries = list(schedule or ((length,) for length in scales.lengths))
     entries[number - 1] = split_passes(scales.lengths[number - 1], len(entries[number - 1]) + 1)
     return tuple(entries)

@@ -206,8 +206,8 @@ def parse_schedule(text: str, default: "Schedule", scales: "Scales") -> "Schedul
     """Read a refinement schedule.
 
     Args:
-        text: "recipe" (the default), "none", "single" (one token a pass), passes per scale such as "1,2,4,1", or
-            JSON with the tokens kept by each pass of each scale such as "[[1],[1,3]]".
+        text: "recipe" (the default), "none", "single" (one token a pass, but for the first scale), passes per scale
+            such as "1,2,4,1", or JSON with the tokens kept by each pass of each scale such as "[[1],[1,3]]".
         default: the recipe's.
         scales: what it must fit.
 
@@ -222,7 +222,7 @@ def parse_schedule(text: str, default: "Schedule", scales: "Scales") -> "Schedul
         if text == "none":
             return ()
         if text == "single":
-            return tuple((1,) * n for n in scales.lengths)
+            return (scales.lengths[:1], *((1,) * n for n in scales.lengths[1:]))
         if text.startswith("["):
             return check_schedule(json.loads(text), scales)
         parts = [part.strip() for part in text.split(",")]
@@ -231,7 +231,8 @@ def parse_schedule(text: str, default: "Schedule", scales: "Scales") -> "Schedul
         passes = [int(part) for part in parts]
         if len(passes) != len(scales):
             raise ValueError(f"expected passes for {len(scales)} scales, got {len(passes)}")
-        return tuple(split_passes(n, p) for n, p in zip(scales.lengths, passes, strict=True))
+        shares = [split_passes(n, p) for n, p in zip(scales.lengths, passes, strict=True)]
+        return check_schedule(shares, scales)
     except (ValueError, TypeError) as error:
         broken = isinstance(error, json.JSONDecodeError)
         raise UserError(

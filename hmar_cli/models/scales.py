@@ -97,13 +97,16 @@ def check_schedule(schedule: Sequence[Sequence[int]], scales: Scales) -> Schedul
     """Return `schedule` as tuples.
 
     Raises:
-        ValueError: not one entry a scale, a pass that keeps no token, or a scale whose passes do not sum to n_k.
+        ValueError: not one entry a scale, a pass that keeps no token, a scale whose passes do not sum to n_k, or a
+            first scale in several passes: a refinement looks at the scales before.
     """
     if len(schedule) != len(scales):
         raise ValueError(f"expected a schedule of {len(scales)} scales, got {len(schedule)}")
     for k, (passes, length) in enumerate(zip(schedule, scales.lengths, strict=True), start=1):
         if not passes or min(passes) < 1 or sum(passes) != length:
             raise ValueError(f"scale {k}: expected positive numbers that sum to {length}, got {list(passes)}")
+    if len(schedule[0]) > 1:
+        raise ValueError(f"scale 1: expected one pass, as nothing comes before it, got {list(schedule[0])}")
     return tuple(tuple(passes) for passes in schedule)
 
 

@@ -188,8 +188,7 @@ class _Run:
 
     def scale(self, k: int, inputs: Tensor | None, passes: tuple[int, ...]) -> Tensor:
         """The tokens [B, n_k] of scale k: a draft, its refinement, and what is known."""
-        kept, draws = self.kept, 1 if inputs is None else len(passes)
-        after = self.step + draws  # also where a picture spares some of them
+        kept, after = self.kept, self.step + len(passes)  # also where a picture spares some of them
         if kept is not None and not kept.counts[k]:
             if self.cache is not None:  # later scales look at this one
                 self._logits(k, inputs)
@@ -198,7 +197,8 @@ class _Run:
             tokens, confidence = self.draft(k, inputs)
             if kept is not None:
                 tokens = kept.merge(tokens, k, self.quantizer)
-            if draws > 1 and inputs is not None:
+            if len(passes) > 1:
+                assert inputs is not None  # the first scale is never refined
                 tokens = self.refine(k, inputs, tokens, confidence, passes)
         self.step = after
         return tokens

@@ -43,9 +43,11 @@ def test_an_extra_pass_is_at_one_scale_alone() -> None:
         longer = with_extra_pass(start, scales, number)
         assert [len(entry) for entry in longer] == passes
         assert check_schedule(longer, scales) == longer
-    for number in (0, 1, 4):  # the first scale has one token
+    for number in (0, 1, 4):
         with pytest.raises(ValueError, match="expected"):
             with_extra_pass((), scales, number)
+    with pytest.raises(ValueError, match="from 2 to 2, got 1"):  # the first scale is not refined
+        with_extra_pass((), Scales.of([2, 4]), 1)
 
 
 def test_scales_without_room_are_left_out() -> None:

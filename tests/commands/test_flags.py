@@ -8,8 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from hmar_cli.commands.drawing import parse_schedule
 from hmar_cli.commands.flags import choose, given, refuse_fixed, short_names, with_flags, words
 from hmar_cli.errors import UserError
+from hmar_cli.models.scales import Scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +80,12 @@ def test_short_names() -> None:
     assert short_names(paths, lambda path: path.stem) == ["x/a.json", "y/a.json", "b"]
     with pytest.raises(UserError, match=r"b\.json is given twice"):
         short_names([*paths, paths[2]])
+
+
+def test_a_schedule_leaves_the_first_scale_whole() -> None:
+    scales = Scales.of([2, 3])
+    assert parse_schedule("single", (), scales) == ((4,), (1,) * 9)
+    assert parse_schedule("1,9", (), scales) == ((4,), (1,) * 9)
+    for text in ("2,1", "[[1,3],[9]]"):
+        with pytest.raises(UserError, match="scale 1: expected one pass"):
+            parse_schedule(text, (), scales)

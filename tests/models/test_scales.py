@@ -30,6 +30,10 @@ def test_schedules() -> None:
     for wrong in ([[1], [4]], [[1], [1, 2], [9]], [[1], [0, 4], [9]], [[1], [], [9]]):
         with pytest.raises(ValueError, match="expected"):
             check_schedule(wrong, scales)
+    larger = Scales.of([2, 4])
+    assert check_schedule([[4], [8, 8]], larger) == ((4,), (8, 8))
+    with pytest.raises(ValueError, match="scale 1: expected one pass"):  # nothing comes before it
+        check_schedule([[1, 3], [8, 8]], larger)
 
 
 @pytest.mark.parametrize(("length", "passes"), [(1, 1), (4, 2), (9, 3), (16, 16), (256, 8), (5, 4)])
