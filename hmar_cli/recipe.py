@@ -283,7 +283,7 @@ def _section(table: Any, cls: type[Any], path: str, problems: list[str]) -> Any:
                 problems.append(f'{where}: expected "{cls.kind}", got {_show(value)}')
         else:
             problems.append(
-                f"{where}: unknown {'setting' if path else 'section'}; {_nearest(key, path, known)}"
+                f"{where}: unknown {'setting' if path else 'section'}{_nearest(key, path, known)}"
             )
     return cls(**{key: value for key, value in values.items() if value is not _BAD})
 
@@ -382,20 +382,24 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+_ALIASES = {"lr": "base_lr", "learning_rate": "base_lr"}
+"""What other programs call a setting."""
+
+
 def _nearest(key: str, path: str, known: Mapping[str, Any]) -> str:
-    """What an unknown key may have meant: the same key elsewhere, a similar one here, or elsewhere."""
+    """What an unknown key may have meant: the same key elsewhere, a similar one here, or elsewhere; or nothing."""
+    key = _ALIASES.get(key, key)
     here = {name: f"{path}.{name}" if path else f"[{name}]" for name in known}
     everywhere = {name: f"{section}.{name}" for section, _, name in _all_settings()}
     kinds = [kind for section, kind, name in _all_settings() if (section, name) == (path, key)]
-    if kinds:
-        return f'{path}.kind = "{kinds[0]}" has it, this kind has not'
+    if kinds and key not in known:
+        return f'; {path}.kind = "{kinds[0]}" has it, this kind has not'
     if path and key in everywhere:
-        return f"did you mean {everywhere[key]}?"
+        return f"; did you mean {everywhere[key]}?"
     for names in (here, everywhere):
         if near := difflib.get_close_matches(key, names, 1, 0.6):
-            return f"did you mean {names[near[0]]}?"
-    near = difflib.get_close_matches(key, here, 1, 0.0)
-    return f"the nearest is {here[near[0]]}" if near else f"{path} has no settings"
+            return f"; did you mean {names[near[0]]}?"
+    return "" if known else f"; {path} has no settings"
 
 
 def _all_settings() -> Iterator[tuple[str, str, str]]:

@@ -305,7 +305,10 @@ def test_all_mistakes_are_reported_at_once() -> None:
     [
         ("train.bach_size=1", "did you mean train.batch_size?"),
         ("train.base_lr=1", "did you mean optim.base_lr?"),
-        ("optim.lr=1", "the nearest is optim.base_lr"),
+        ("optim.lr=1", "did you mean optim.base_lr?"),
+        ("train.lr=abc", "did you mean optim.base_lr?"),
+        ("train.learning_rate=1e6", "did you mean optim.base_lr?"),
+        ("learning_rate=1", "did you mean optim.base_lr?"),
         ("objective.layers=4", 'objective.kind = "masked" has it'),
         ("sampel.cfg=1", "did you mean [sample]?"),
     ],
@@ -313,6 +316,10 @@ def test_all_mistakes_are_reported_at_once() -> None:
 def test_an_unknown_key_is_answered_by_the_nearest(override: str, suggestion: str) -> None:
     (line,) = mistakes("hmar-d16", override)
     assert suggestion in line
+
+
+def test_an_unknown_key_like_no_other_gets_no_suggestion() -> None:
+    assert list(mistakes("hmar-d16", "train.zzz=1")) == ["train.zzz: unknown setting"]
 
 
 @pytest.mark.parametrize(
