@@ -186,6 +186,14 @@ def test_the_rows_of_the_ablation_differ_in_what_table_5_says_alone(size: str) -
     ]
 
 
+@pytest.mark.parametrize(("name", "cfg"), [("mar-b", 2.9), ("mar-l", 3.0), ("mar-h", 3.2)])
+def test_published_settings_of_mar(name: str, cfg: float) -> None:
+    sample = load_recipe(name).sample
+    assert isinstance(sample, MaskedArSample)
+    assert (sample.steps, sample.cfg, sample.cfg_schedule, sample.temperature) == (256, cfg, "linear", 1.0)
+    assert (sample.head_sampler, sample.head_steps) == ("ddpm", 100)
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "cfg", "pivot_cfg"),
     [("himar-b", 4, 2.5, 2.7), ("himar-l", 4, 3.5, 3.5), ("himar-h", 12, 3.2, 5.5)],
