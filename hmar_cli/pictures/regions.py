@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from hmar_cli.console import warn
 from hmar_cli.errors import UserError
 from hmar_cli.pictures.picture import LIMIT, Pixels, check_size, read_image
 
@@ -168,7 +169,8 @@ def room_around(
             )
     if canvas == size:
         raise UserError(
-            "the region is empty: the canvas is the picture", "give --left 64, or a larger --canvas"
+            f"the region is empty: the picture fills the canvas of {width} x {height}",
+            f"give --left 64, or a larger one, such as --canvas {width * 3 // 2 or 2}x{height}",
         )
     check_size(*canvas, "the canvas")
     return Room(canvas, top, left)
@@ -190,7 +192,7 @@ def room_region(room: Room, size: tuple[int, int]) -> Pixels:
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Pixels:
-    """Read a mask: white is drawn anew, black and transparent is kept, grey is a mixture.
+    """Read a mask: white is drawn anew, black and transparent is kept, grey is a mixture. Warn of photographs.
 
     Args:
         path: any picture; colours count by their brightness.
@@ -208,12 +210,33 @@ def read_mask(path: Path, size: tuple[int, int]) -> Pixels:
     if image.mode == "I" or image.mode.startswith("I;16"):
         deep = np.asarray(image).astype(np.int64).clip(0, 0xFFFF)
         mask: Pixels = (deep >> 8).astype(np.uint8)
+        _warn_of_photographs(path, Image.fromarray(mask))
         return mask
     if image.mode in ("LA", "RGBA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    _warn_of_photographs(path, image)
     brightness: Pixels = np.asarray(image.convert("L"))
     return brightness
+
+
+def _warn_of_photographs(path: Path, mask: Image.Image) -> None:
+    """Warn where a mask looks like a photograph: coloured, or mostly neither black nor white.
+
+    A sample of its pixels is looked at. JPEG's small errors do not count.
+    """
+    sample = mask.resize((min(mask.width, 512), min(mask.height, 512)), Image.Resampling.NEAREST)
+    pixels = np.asarray(sample.convert("RGB")).astype(np.int16)
+    levels = np.asarray(sample.convert("L"))
+    coloured = float((np.ptp(pixels, axis=2) > 24).mean())
+    between = float(((levels > 24) & (levels < 231)).mean())
+    if coloured > 0.01:
+        what = f"{coloured:.0%} of it has colours, which count by their brightness"
+    elif between > 0.5:
+        what = f"{between:.0%} of it is neither black nor white, and mixes the new with the old"
+    else:
+        return
+    warn(f"{path} does not look like a mask, white where to draw and black elsewhere: {what}")
 
 
 def bounds(region: Pixels) -> tuple[int, int, int, int]:

@@ -100,7 +100,10 @@ def read_request(
             "leave them out of --outpaint, or --inpaint first",
         )
     if kind == "outpaint" and not room:
-        raise UserError("--outpaint needs room", "give --left, --right, --top, --bottom or --canvas 768x512")
+        raise UserError(
+            "--outpaint needs room",
+            "--left 0.25 --right 0.25 makes the picture 1.5 times as wide; --canvas WIDTHxHEIGHT is of the whole",
+        )
     if kind != "outpaint" and room:
         raise UserError("margins and --canvas are for --outpaint", f"leave them out of --{kind}")
     if not (boxes or mask) and (kind == "inpaint" or invert):

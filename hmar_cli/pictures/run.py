@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hmar_cli.console import console, progress
+from hmar_cli.console import console, progress, warn
 from hmar_cli.errors import UserError
 from hmar_cli.files import file_sha256, read_json, write_json
 from hmar_cli.pictures.editing import (
@@ -25,6 +25,9 @@ from hmar_cli.report import save_png
 
 SHOWN = 21
 """Most variations on a sheet."""
+
+BLURRED = 2.0
+"""Above this enlargement of what a model draws there is a warning."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Run:
         return report
 
     def _edit_one(self, name: str, path: Path) -> dict[str, Any]:
-        plan = plan_for(self.request, read_picture(path), path, self.painter.size)
+        plan = self._plan(path)
         self._claim(name, path, plan)
         targets = [self.out / f"{name}-{i:03d}.png" for i in range(self.variations)]
         missing = [i for i, target in enumerate(targets) if not target.exists()]
@@ -100,6 +103,23 @@ class Run:
             "seconds": round(seconds, 3),
         }
 
+    def _plan(self, path: Path) -> Plan:
+        """What is drawn of a picture; a line says how much the model's drawing is enlarged for it."""
+        size = self.painter.size
+        plan = plan_for(self.request, read_picture(path), path, size)
+        times = max(window.height for window in plan.windows) / size[0]
+        line = f"{path.name}: seen at {size[1]} x {size[0]} px: enlarged {times:.1f} times"
+        if times > BLURRED:
+            part = (
+                "a --box around a part"
+                if self.request.whole
+                else "a smaller --box or mask, or less --context,"
+            )
+            warn(f"{line}, and so blurred; {'a smaller --window' if plan.blank else part} is sharper")
+        elif round(times, 1) > 1:
+            console.print(line, highlight=False)
+        return plan
+
     def _claim(self, name: str, path: Path, plan: Plan) -> None:
         """Record what makes the variations of a picture.
 
@@ -124,7 +144,7 @@ class Run:
         write_json(target, record)
 
     def _look_at_one(self, name: str, path: Path) -> dict[str, Any]:
-        plan = plan_for(self.request, read_picture(path), path, self.painter.size)
+        plan = self._plan(path)
         views = window_views(plan, self.painter, erase=self.about["erase"])
         target = self.out / f"{name}-region.png"
         save_png(preview(plan, views), target)

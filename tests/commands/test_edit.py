@@ -238,6 +238,27 @@ def test_a_dry_run_shows_every_grid(world: Path, tmp_path: Path) -> None:
         assert Image.open(tmp_path / family / "a-region.png").width > 160 * len(expected)
 
 
+def test_a_blurred_edit_is_told_before_and_when_it_is_drawn(world: Path, tmp_path: Path) -> None:
+    make_picture(tmp_path / "a.png", 60, 90)
+    seen = "a.png: seen at 16 x 16 px: enlarged"
+    box, room = ("--inpaint", "--box"), ("--outpaint", "--left", 20)
+    for number, (flags, said) in enumerate(
+        [
+            ((*box, "20,20,28,28"), ""),  # through a window of the model's own size
+            ((*box, "20,20,34,34"), f"{seen} 1.8 times"),
+            ((*box, "20,20,50,50"), f"warning: {seen} 3.8 times, and so blurred; a smaller --box or mask"),
+            (("--class-edit", "--label", "star"), "blurred; a --box around a part is sharper"),
+            (room, f"warning: {seen} 3.8 times, and so blurred; a smaller --window is sharper"),
+            ((*room, "--window", 24), f"{seen} 1.5 times"),
+        ]
+    ):
+        for more in ((), ("--dry-run",)):
+            result = edit(world, "hmar", tmp_path / "a.png", tmp_path / str(number), *flags, *more)
+            assert result.exit_code == 0, result.output
+            assert said in result.stderr and ("enlarged" in result.stderr) == bool(said)
+            assert ("warning" in result.stderr) == ("blurred" in said)
+
+
 def test_an_interrupted_edit_goes_on(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
     make_picture(tmp_path / "a.png", 16, 16)
     flags = (*BOX, "--batch-size", 1)
@@ -309,6 +330,7 @@ def test_a_full_disk_leaves_no_half_written_file(world: Path, tmp_path: Path, mo
         ("hmar", ("--inpaint", "--box", "0,0,1.,1.", "--invert"), "the region is empty"),
         ("hmar", ("--inpaint", "--box", "0,0,4,4", "--left", 5), "margins and --canvas are for --outpaint"),
         ("hmar", ("--outpaint",), "--outpaint needs room"),
+        ("hmar", ("--outpaint", "--canvas", "16x16"), "the picture fills the canvas of 16 x 16"),
         ("hmar", ("--outpaint", "--left", "x"), "expected pixels or a share"),
         ("hmar", ("--outpaint", "--canvas", "8x8"), "smaller than the picture"),
         ("hmar", ("--outpaint", "--canvas", "99999x99999"), "more than the 67108864"),

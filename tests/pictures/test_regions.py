@@ -101,8 +101,11 @@ def test_canvases_that_are_none(text: str) -> None:
 
 
 def test_rooms_that_are_none() -> None:
-    with pytest.raises(UserError, match="the region is empty"):
+    with pytest.raises(
+        UserError, match="the region is empty: the picture fills the canvas of 20 x 10"
+    ) as error:
         room_around((10, 20))
+    assert "--canvas 30x10" in error.value.hint
     with pytest.raises(UserError, match="smaller than the picture"):
         room_around((10, 20), canvas=(10, 19))
     with pytest.raises(UserError, match="leave the canvas"):
@@ -126,6 +129,28 @@ def test_masks(tmp_path: Path) -> None:
         assert (read_mask(tmp_path / f"{name}.png", (2, 3)) == values).all(), name
     with pytest.raises(UserError, match="the mask has 3 x 2 pixels, the picture 2 x 3"):
         read_mask(tmp_path / "grey.png", (3, 2))
+
+
+def test_photographs_are_doubtful_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    drawn = np.zeros((60, 80), np.uint8)
+    drawn[10:40, 10:50] = 255
+    soft = np.minimum(drawn, np.arange(80, dtype=np.uint8) * 3)  # less than half of it
+    red = np.zeros((60, 80, 3), np.uint8)
+    red[10:40, 10:50, 0] = 255
+    grey = rng.integers(60, 200, (60, 80)).astype(np.uint8)
+    for name, values, warning in (
+        ("drawn.jpg", np.stack([drawn] * 3, axis=-1), ""),
+        ("soft.png", soft, ""),
+        ("red.png", red, "25% of it has colours"),
+        ("photo.jpg", rng.integers(0, 256, (60, 80, 3)).astype(np.uint8), "has colours"),
+        ("grey.png", grey, "100% of it is neither black nor white"),
+        ("deep.png", grey.astype(np.uint16) * 257, "100% of it is neither black nor white"),
+    ):
+        Image.fromarray(values).save(tmp_path / name)
+        read_mask(tmp_path / name, (60, 80))
+        said = capsys.readouterr().err
+        assert warning in said and bool(said) == bool(warning), name
 
 
 def test_an_empty_region() -> None:
