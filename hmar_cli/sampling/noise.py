@@ -123,11 +123,3 @@ class PhiloxNoise:
         return torch.searchsorted(cumulative, target, right=True)[..., 0].clamp_(
             max=probabilities.shape[-1] - 1
         )
-
-
-class Greedy:
-    """Takes the most probable token, for comparisons that must not depend on random numbers."""
-
-    def draw(self, probabilities: Tensor, step: int) -> Tensor:
-        """Arg-max of [B, n, V] over V."""
-        return probabilities.argmax(dim=-1)

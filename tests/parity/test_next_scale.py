@@ -19,11 +19,18 @@ from hmar_cli.checkpoints.published import (
 )
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.sampling.next_scale import sample_next_scale
-from hmar_cli.sampling.noise import Greedy
 from hmar_cli.settings import NextScaleSample, Recipe
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 PATTERNS = {"var": "causal", "hmar-nsp": "diagonal", "hmar-mp": "diagonal", "hmar-full": "diagonal"}
+
+
+class Greedy:
+    """Takes the most probable token: no random numbers are compared."""
+
+    def draw(self, probabilities: Tensor, step: int) -> Tensor:
+        """Arg-max of [B, n, V] over V."""
+        return probabilities.argmax(dim=-1)
 
 
 class Case:

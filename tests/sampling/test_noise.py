@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hmar_cli.sampling.noise import Greedy, PhiloxNoise, philox
+from hmar_cli.sampling.noise import PhiloxNoise, philox
 
 ANSWERS = [  # Random123's kat_vectors: counter, key, result
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -52,4 +52,3 @@ def test_draws_follow_the_distribution_and_never_take_what_was_filtered() -> Non
     shares = torch.bincount(drawn.flatten(), minlength=6) / drawn.numel()
     assert shares[[0, 2, 5]].sum() == 0
     assert shares.tolist() == pytest.approx(p.tolist(), abs=0.01)
-    assert Greedy().draw(p.expand(1, 2, 6), 0).tolist() == [[3, 3]]
