@@ -147,40 +147,50 @@ def save_png(image: Image.Image, target: Path, *, fast: bool = False) -> None:
 
 
 def plot_curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, target: Path, scales: int = 0
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, target: Path, grids: Sequence[str] = ()
 ) -> None:
     """Plot a metric of several runs over training, as a whole and for every scale (HMAR supplement, Fig. 16).
 
     Args:
         runs: rows of each run's metrics file, by a name for the legend.
-        metric: such as "accuracy"; its "_per_scale" twin gives the small plots.
+        metric: such as "accuracy"; its "_per_scale" twin gives the small plots, of scales that have a number.
         target: PNG file to write.
-        scales: how many there are; fewer numbers are those of the last ones (masked finetuning has none for the
-            first). By default as many as there are numbers.
+        grids: names of the scales' token grids, such as "4x4"; empty where they are not known.
 
     Raises:
         ValueError: no run has the metric.
     """
-    per_scale = f"{metric}_per_scale"
-    found = {name: [row for row in rows if metric in row] for name, rows in runs.items()}
-    count = max((len(row.get(per_scale, ())) for rows in found.values() for row in rows), default=-1)
-    if count < 0:
+    numbers = {
+        name: [
+            (row["step"], [row[metric], *row.get(f"{metric}_per_scale", ())]) for row in rows if metric in row
+        ]
+        for name, rows in runs.items()
+    }
+    count = max((len(found) for rows in numbers.values() for _, found in rows), default=0)
+    if not count:
         raise ValueError(f"expected runs with the metric {metric!r}")
-    scales = max(scales, count)
-    columns = min(4, 1 + count)
-    figure = new_figure(3.2 * columns, 2.6 * math.ceil((1 + count) / columns))
-    for place in range(1 + count):
-        axes = figure.add_subplot(math.ceil((1 + count) / columns), columns, place + 1)
-        last = count - place + 1  # place of the number, from the end
-        for name, rows in found.items():
-            drawn = [row for row in rows if place == 0 or len(row.get(per_scale, ())) >= last]
-            values = [float(row[metric] if place == 0 else row[per_scale][-last]) for row in drawn]
-            dot = "." if len(drawn) == 1 else ""  # a line of one point would not be seen
-            axes.plot([row["step"] for row in drawn], values, label=name, linewidth=1.2, marker=dot)
-        title = f"scale {scales - count + place} of {scales}" if place else metric.replace("_", " ")
-        axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3)
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for place in range(count):
+        lines = {
+            name: [
+                (step, found[place]) for step, found in rows if found[place : place + 1] not in ([], [None])
+            ]
+            for name, rows in numbers.items()
+        }
+        if any(lines.values()):
+            grid = f" ({grids[place - 1]})" if place and grids else ""
+            panels[f"scale {place}{grid}" if place else metric.replace("_", " ")] = lines
+    label, factor = ("accuracy (%)", 100) if metric == "accuracy" else (metric.replace("_", " "), 1)
+    columns = min(4, len(panels))
+    height = math.ceil(len(panels) / columns)
+    figure = new_figure(3.2 * columns, 2.6 * height)
+    for place, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(height, columns, place + 1)
+        for name, points in lines.items():
+            dot = "." if len(points) == 1 else ""  # a line of one point would not be seen
+            steps, values = [step for step, _ in points], [factor * value for _, value in points]
+            axes.plot(steps, values, label=name, linewidth=1.2, marker=dot)
+        dress_axes(axes, title, "step", label)
         if place == 0:
             axes.legend(fontsize=7)
     save_figure(figure, target)

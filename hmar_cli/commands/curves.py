@@ -2,12 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hmar_cli.commands.flags import short_names
 from hmar_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hmar_cli.settings import Recipe
+
+TASKS = {"next-scale": "next-scale prediction", "masked": "masked finetuning"}
+"""What runs learn, by the kind of their objective, where that does not say it."""
 
 EXAMPLES = """
 Plot a metric of one or several runs over training, as a whole and for every scale.
@@ -39,6 +47,7 @@ def curves(
 ) -> None:
     """Plot; the help text is `EXAMPLES`."""
     from hmar_cli.console import console
+    from hmar_cli.recipe import load_recipe
     from hmar_cli.report import plot_curves
     from hmar_cli.training.logging import read_rows
 
@@ -49,8 +58,12 @@ def curves(
     empty = [str(run) for run, measured in zip(runs, rows.values(), strict=True) if not measured]
     if empty:
         raise UserError(f"{empty[0]} has measured nothing yet", "train.log_every says after how many steps")
+    paths = [run / "recipe.toml" for run in runs]
+    recipes = [load_recipe(str(path)) if path.is_file() else None for path in paths]
+    tasks = [f" ({TASKS.get(kind := each.objective.kind, kind)})" if each else "" for each in recipes]
+    legend = {name + task: found for (name, found), task in zip(rows.items(), tasks, strict=True)}
     try:
-        plot_curves(rows, metric.removesuffix("_per_scale"), out, max(map(scale_count, runs)))
+        plot_curves(legend, metric.removesuffix("_per_scale"), out, scale_grids(recipes))
     except ValueError as error:
         known = sorted({key.removesuffix("_per_scale") for r in rows.values() for row in r for key in row})
         raise UserError(f"no run measured {metric!r}", f"they have {', '.join(known)}") from error
@@ -59,11 +72,9 @@ def curves(
         print(json.dumps({name: measured[-1] for name, measured in rows.items()}, indent=2))
 
 
-def scale_count(run: Path) -> int:
-    """Scales of a run's models, by its recipe; 0 if it has none."""
-    from hmar_cli.recipe import load_recipe
-    from hmar_cli.settings import Msvq
+def scale_grids(recipes: "Sequence[Recipe | None]") -> list[str]:
+    """Names of the token grids of the runs' scales, such as "4x4"; none if they differ, or are not known."""
+    from hmar_cli.settings import Msvq, grid_name
 
-    path = run / "recipe.toml"
-    recipe = load_recipe(str(path)) if path.is_file() else None
-    return len(recipe.scales) if recipe and isinstance(recipe.tokenizer, Msvq) else 0
+    lists = {each.scales.grids if each and isinstance(each.tokenizer, Msvq) else () for each in recipes}
+    return [grid_name(grid) for grid in lists.pop()] if len(lists) == 1 else []

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ Row = dict[str, Any]
 class Means:
     """Means of metrics since they were last read, summed where the metrics are computed.
 
-    Nothing waits for the device until `read`. Scalars and vectors (one number a scale) both work.
+    Nothing waits for the device until `read`. Scalars and vectors (one number a scale) both work; a number of a
+    vector is NaN where there is none, and None once it is read.
     """
 
     def __init__(self) -> None:
@@ -42,14 +44,15 @@ class Means:
             name: part.view_as(value) for part, (name, value) in zip(parts, self.sums.items(), strict=True)
         }
 
-    def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float | list[float]]:
+    def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float | list[float | None]]:
         """The means as numbers; starts anew."""
         sums = {name: value.cpu() for name, value in self.reduced(reduce).items()}
-        means: dict[str, float | list[float]] = {
-            name: (value.double() / self.counts[name]).tolist() for name, value in sums.items()
-        }
+        means = {name: (value.double() / self.counts[name]).tolist() for name, value in sums.items()}
         self.sums, self.counts = {}, {}
-        return means
+        return {
+            name: [None if math.isnan(v) else v for v in mean] if isinstance(mean, list) else mean
+            for name, mean in means.items()
+        }
 
     def load(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], device: torch.device) -> None:
         """Take back sums and counts, so that a resumed run reports the same means as one never stopped."""
@@ -81,7 +84,7 @@ class Log:
         self.wandb = start_wandb(out, name) if wandb else None
 
     def write(self, row: Row) -> None:
-        """Write one row: numbers by name, lists for one number a scale; "step" says when."""
+        """Write one row: numbers by name, lists for one number (or None) a scale; "step" says when."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         flat = flatten(row)
@@ -106,7 +109,7 @@ def flatten(row: Row) -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, list):
-            flat.update({f"{name}/{i:02d}": float(v) for i, v in enumerate(value, start=1)})
+            flat.update({f"{name}/{i:02d}": float(v) for i, v in enumerate(value, 1) if v is not None})
         elif name != "step":
             flat[name] = float(value)
     return flat

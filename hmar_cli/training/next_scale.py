@@ -57,15 +57,11 @@ class _TransformerTraining(Objective):
         return entropy.view_as(tokens), (logits.detach().argmax(dim=-1) == tokens).float()
 
     def per_scale(self, values: Tensor, counts: Tensor) -> Tensor:
-        """Average values [B, L] over the counted tokens (bool or 0/1, [L]) of each scale: [K]."""
+        """Average values [B, L] over the counted tokens (0 or 1, [L]) of each scale: [K], NaN where it has none."""
         scales = self.model.scales
         weighted = (values.mean(dim=0) * counts).split(scales.lengths)
-        return torch.stack(
-            [
-                v.sum() / c.sum().clamp(min=1)
-                for v, c in zip(weighted, counts.split(scales.lengths), strict=True)
-            ]
-        )
+        parts = zip(weighted, counts.split(scales.lengths), strict=True)
+        return torch.stack([v.sum() / c.sum() for v, c in parts])
 
 
 class NextScaleTraining(_TransformerTraining):
@@ -164,7 +160,7 @@ class MaskedTraining(_TransformerTraining):
         return torch.cat(masks)
 
     def forward(self, batch: dict[str, Tensor], progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of {"tokens": [B, L] int64, "label": [B] int64}; the first scale, never masked, is 0."""
+        """Loss and metrics of {"tokens": [B, L] int64, "label": [B] int64}; the first scale, never masked, is NaN."""
         tokens = batch["tokens"]
         first = self.model.scales.lengths[0]
         mask = self.draw_mask(tokens.device)  # [L - n_1]

@@ -47,27 +47,41 @@ def test_curves_of_runs_of_one_name(runs: tuple[Path, Path], tmp_path: Path, met
         assert np.asarray(image.convert("L")).std() > 1
 
 
-def test_fewer_numbers_than_scales_are_of_the_last(
+def test_panels_say_what_they_show(
     runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Masked finetuning measures nothing at the first scale, and is compared with next-scale training."""
-    masked = write_run(tmp_path / "masked", {"step": 1, "accuracy": 0.5, "accuracy_per_scale": [0.7, 0.9]})
-    (masked / "recipe.toml").write_text('extends = "var-tiny"\n[tokenizer]\nscales = [1, 4, 8]\n')
+    """Masked finetuning, another task, measures nothing at the first scale; sizes are told where they are known."""
+    masked = write_run(tmp_path / "m", {"step": 1, "accuracy": 0.5, "accuracy_per_scale": [None, 0.75, 0.25]})
     drawn: dict[str, dict[str, list[float]]] = {}
+    labels: set[tuple[str, str]] = set()
 
     def note(figure: Figure, file: Any, **_: Any) -> None:
         drawn.clear()
         for axes in figure.axes:
             drawn[axes.get_title()] = {str(x.get_label()): list(x.get_ydata()) for x in axes.lines}
+            labels.add((axes.get_xlabel(), axes.get_ylabel()))
         Path(file).write_bytes(b"")
 
     monkeypatch.setattr(Figure, "savefig", note)
     assert hmar("curves", runs[0], masked, "--out", tmp_path / "c.png").exit_code == 0
-    assert list(drawn) == ["accuracy", "scale 1 of 3", "scale 2 of 3", "scale 3 of 3"]
-    assert [panel["masked"] for panel in drawn.values()] == [[0.5], [], [0.7], [0.9]]
-    assert drawn["scale 2 of 3"]["run"] == [0.2, 0.2]
+    assert list(drawn) == ["accuracy", "scale 1", "scale 2", "scale 3"] and list(drawn["scale 2"]) == [
+        "run",
+        "m",
+    ]
+    scales = "[tokenizer]\nscales = [1, 4, 8]\n"
+    (runs[0] / "recipe.toml").write_text(f'extends = "hmar-tiny"\n{scales}')
+    (masked / "recipe.toml").write_text(
+        f'extends = "hmar-tiny"\n{scales}[objective]\nkind = "masked"\nlayers = 1\n[sample]\nschedule = []\n'
+    )
+    assert hmar("curves", runs[0], masked, "--out", tmp_path / "c.png").exit_code == 0
+    assert list(drawn) == ["accuracy", "scale 1 (1x1)", "scale 2 (4x4)", "scale 3 (8x8)"]
+    assert [p["m (masked finetuning)"] for p in drawn.values()] == [[50], [], [75], [25]]
+    assert drawn["scale 2 (4x4)"]["run (next-scale prediction)"] == [20, 20]
+    assert labels == {("step", "accuracy (%)")}
     assert hmar("curves", masked, "--out", tmp_path / "c.png").exit_code == 0
-    assert list(drawn) == ["accuracy", "scale 2 of 3", "scale 3 of 3"]
+    assert list(drawn) == ["accuracy", "scale 2 (4x4)", "scale 3 (8x8)"]
+    assert hmar("curves", runs[0], "--metric", "loss", "--out", tmp_path / "c.png").exit_code == 0
+    assert ("step", "loss") in labels and drawn["loss"]["run (next-scale prediction)"] == [1, 1]
 
 
 def test_one_run_goes_by_the_name_of_its_folder(runs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -248,6 +248,9 @@ def test_masked_finetuning_trains_its_branch_alone(toys, cache, base, tmp_path):
         "--device", "cpu",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
+    row = read_rows(out / "metrics.jsonl")[-1]
+    for key in ("accuracy_per_scale", "cross_entropy_per_scale"):  # the first scale is never masked
+        assert [each is None for each in row[key]] == [True, False, False]
     before, after = open_checkpoint(base).load(), open_checkpoint(out).load("model")
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
