@@ -26,7 +26,16 @@ MAY_IMPORT = {
     "sampling": {"models", "tokenizers", "report", "settings"},
     "pictures": {"models", "tokenizers", "sampling", "report", "settings"},
     "evaluation": {"models", "tokenizers", "data", "builders"},
-    "benchmarks": {"models", "tokenizers", "training", "sampling", "builders", "recipe", "report", "settings"},
+    "benchmarks": {
+        "models",
+        "tokenizers",
+        "training",
+        "sampling",
+        "builders",
+        "recipe",
+        "report",
+        "settings",
+    },
     "builders.py": {"models", "tokenizers", "training", "checkpoints", "recipe", "settings"},
     "serving.py": {"models", "tokenizers", "sampling", "pictures", "report", "settings"},
     "analysis": {
