@@ -214,12 +214,12 @@ def model_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job
             raise UserError(
                 f"--init {origin.folder} holds a {origin.kind}, and the recipe trains a {recipe.model.kind}"
             )
-        initialize(model, origin, tuple(cache.manifest.class_names))
         if origin.tokenizer_hash not in ("", cache.manifest.tokenizer_hash):
             raise other_tokenizer(
                 f"--init {origin.folder}", origin.tokenizer_hash, cache.manifest.tokenizer_hash
             )
         check_latent_scale(origin, recipe)
+        initialize(model, origin, tuple(cache.manifest.class_names))
         licence = origin.licence
     return cache_job(recipe, cache, tokenizer, model, licence)
 
@@ -400,13 +400,17 @@ def initialize(model: Model, origin: Checkpoint, class_names: tuple[str, ...]) -
     key = "class_embed.weight"
     fresh = model.state_dict().get(key)
     fits = fresh is not None and key in weights and fresh.shape[1] == weights[key].shape[1]
+    what = ""
     if fresh is not None and fits and origin.class_names != class_names:
         places = class_places(class_names, origin.class_names)
         weights[key] = remap_class_embedding(weights[key], fresh.cpu(), places)
-        found = sum(place >= 0 for place in places)
-        what = f"class embeddings: {found} of {len(class_names)} classes found by name in {origin.folder}"
-        console.print(what, soft_wrap=True)
+        new = tuple(name for name, place in zip(class_names, places, strict=True) if place < 0)
+        found, count = len(class_names) - len(new), len(class_names)
+        what = f"class embeddings: {found} of {count} classes found by name in {origin.folder}"
+        what += f"; new, so starting from random numbers: {shorten(new)}" if new else ""
     load_weights(model, weights, origin.folder)
+    if what:
+        console.print(what, soft_wrap=True, highlight=False, markup=False)
 
 
 # What data and base say

@@ -178,6 +178,12 @@ def test_init_carries_class_embeddings_by_name(toys, cache, base, tmp_path):
     result = train(toys, "--data", mixed, "--out", tmp_path / "run", "--init", base, *still)
     assert result.exit_code == 0, result.output
     assert f"{len(names) - 1} of {len(names)} classes found by name" in result.stderr
+    assert "; new, so starting from random numbers: unicorn\n" in result.stderr
+    toy = load_recipe(str(toys / "toy.toml"))
+    other = make_cache(tmp_path / "other", toy, 1, tuple(names))
+    stopped = train(toys, "--data", other, "--out", tmp_path / "o", "--init", base)
+    refused(stopped, "the cache was made by another tokenizer")
+    assert "class embeddings" not in stopped.stderr
     old, new = (open_checkpoint(path).load("ema") for path in (base, tmp_path / "run"))
     key = "class_embed.weight"
     assert open_checkpoint(tmp_path / "run").class_names == tuple(names)
