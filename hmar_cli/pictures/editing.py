@@ -30,6 +30,15 @@ Floats = npt.NDArray[np.float32]
 TILE = 320
 """Longest side of a picture on a sheet, in pixels, of a wide one three times that; smaller ones are enlarged."""
 
+CLOSE = 768
+"""Longest side of a window on a sheet: up to this it is shown pixel for pixel, or enlarged to about a `TILE`."""
+
+WINDOWS = 3
+"""Most windows that a sheet shows, the first ones."""
+
+ACROSS = 1600
+"""About the width of a sheet's rows of windows, in pixels."""
+
 
 @dataclass(frozen=True)
 class TokenView:
@@ -284,19 +293,40 @@ def reconstruction(plan: Plan, painter: Painter) -> Picture:
 
 
 def sheet(plan: Plan, again: Picture, variations: Iterable[Picture]) -> Image.Image:
-    """Lay out input, region, the tokenizer's reconstruction and variations side by side.
+    """Lay out input, region, the tokenizer's reconstruction and variations side by side; below, the windows alone.
 
     Args:
         plan: what was drawn.
         again: the `reconstruction`.
         variations: those to show, one at a time.
     """
-    drawn = [_tile(each) for each in variations]
-    tiles = [_tile(plan.canvas), shown_region(plan), _tile(again), *drawn]
-    names = [f"variation {i}" for i in range(len(drawn))]
+    places = [window.inside(plan.canvas.size) for window in plan.windows[:WINDOWS]]
+    tiles = [_tile(plan.canvas), shown_region(plan), _tile(again)]
+    close = [[_close(plan.canvas, place)] for place in places]
+    for each in variations:
+        tiles.append(_tile(each))
+        for row, place in zip(close, places, strict=True):
+            row.append(_close(each, place))
+    names = [f"variation {i}" for i in range(len(tiles) - 3)]
     captions = ["input", f"region, feather {plan.feather}", "tokenizer's reconstruction", *names]
-    columns = 1 if _wide(plan.canvas) else 0
-    return image_grid(tiles, columns, captions=captions)
+    grids = [image_grid(tiles, 1 if _wide(plan.canvas) else 0, captions=captions)]
+    for number, (row, (rows, columns)) in enumerate(zip(close, places, strict=True)):
+        if row[0].shape == tiles[0].shape:  # shows nothing that the whole does not
+            continue
+        size = f"{columns.stop - columns.start} x {rows.stop - rows.start} px"
+        captions = [f"input, window {number}: {size} at {columns.start}, {rows.start}", *names]
+        grids.append(image_grid(row, max(1, ACROSS // row[0].shape[1]), captions=captions))
+    return _stacked(grids)
+
+
+def _stacked(images: Sequence[Image.Image], gap: int = 12) -> Image.Image:
+    """Images below each other on white."""
+    height = sum(each.height + gap for each in images) - gap
+    canvas, top = Image.new("RGB", (max(each.width for each in images), height), "white"), 0
+    for each in images:
+        canvas.paste(each, (0, top))
+        top += each.height + gap
+    return canvas
 
 
 def _wide(picture: Picture) -> bool:
@@ -306,14 +336,22 @@ def _wide(picture: Picture) -> bool:
 
 def _tile(picture: Picture) -> Pixels:
     """A small copy [H, W, 3] for a sheet, enlarged by a whole factor where the picture itself is small."""
-    height, width = picture.size
     side = 3 * TILE if _wide(picture) else TILE
-    image = Image.fromarray(picture.seen(slice(None), slice(None)))
-    if max(height, width) > side:
-        image.thumbnail((side, side), Image.Resampling.BOX)
-        return np.asarray(image)
-    factor = side // max(height, width)
-    return np.asarray(image.resize((width * factor, height * factor), Image.Resampling.NEAREST))
+    return _sized(picture.seen(slice(None), slice(None)), side, side)
+
+
+def _close(picture: Picture, place: tuple[slice, slice]) -> Pixels:
+    """A part of a picture [H, W, 3] to look at closely."""
+    return _sized(picture.seen(*place), TILE, CLOSE)
+
+
+def _sized(pixels: Pixels, least: int, most: int) -> Pixels:
+    """Pixels [H, W, 3] enlarged by a whole factor up to `least` on the longer side, or reduced to `most`."""
+    image, side = Image.fromarray(pixels), max(pixels.shape[:2])
+    if side > most:
+        image.thumbnail((most, most), Image.Resampling.BOX)
+    factor = max(1, least // side)
+    return np.asarray(image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST))
 
 
 def shown_region(plan: Plan) -> Pixels:

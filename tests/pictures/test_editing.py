@@ -209,6 +209,39 @@ def test_sheets_and_previews_show_everything() -> None:
     assert preview(plan, views).width == 2 * 160 + 6
 
 
+def shows(sheet: np.ndarray, part: np.ndarray, left: int) -> bool:
+    """Whether a sheet shows a part, pixel for pixel, from some row and a column on."""
+    height, width = part.shape[:2]
+    columns = sheet[:, left : left + width]
+    return any((columns[top : top + height] == part).all() for top in range(len(sheet) - height + 1))
+
+
+def test_sheets_show_windows_at_full_size_or_enlarged() -> None:
+    picture = Picture(np.random.default_rng(0).integers(0, 256, (900, 1200, 3)).astype(np.uint8))
+    boxes = [(100, 100, 300, 300), (1000, 700, 1020, 720)]
+    plan = plan_region(picture, box_region(picture.size, boxes), (16, 16))
+    places = sorted((window.inside(picture.size) for window in plan.windows), key=lambda each: each[0].start)
+    results = [result for _, result in edit_picture(plan, Noisy(), range(2))]
+    found = np.asarray(sheet(plan, reconstruction(plan, Noisy()), results))
+    for place, factor in zip(places, (1, 8), strict=True):
+        for number, each in enumerate([picture, *results]):
+            part = each.colour[place].repeat(factor, axis=0).repeat(factor, axis=1)
+            assert shows(found, part, number * (part.shape[1] + 6)), (place, number)
+
+
+def test_sheets_show_no_window_that_is_all_of_a_small_picture() -> None:
+    picture = Picture(np.zeros((16, 16, 3), np.uint8))
+    plan = plan_region(picture, box_region((16, 16), [(4, 4, 12, 12)]), (16, 16))
+    assert sheet(plan, reconstruction(plan, Noisy()), [picture]).height < 3 * editing.TILE  # two rows
+
+
+def test_sheets_reduce_what_is_very_large() -> None:
+    picture = Picture(np.zeros((2000, 3000, 1), np.uint8))
+    plan = plan_region(picture, np.full(picture.size, 255, np.uint8), (16, 16))
+    size = sheet(plan, reconstruction(plan, Noisy()), [picture]).size
+    assert size[0] == 2 * editing.CLOSE + 6 and size[1] < 1200
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (300, 7), (700, 900)])
 def test_sheets_of_odd_sizes(size: tuple[int, int]) -> None:
     picture = Picture(np.zeros((*size, 1), np.uint8))
