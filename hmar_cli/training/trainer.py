@@ -231,6 +231,7 @@ class Trainer:
         objective.to(self.device).train()
         self.plan = make_plan(objective, recipe, images, self.world, self.device, self.bf16)
         self.step = 0
+        self.saved: Path | None = None  # the newest checkpoint
         self.optimizer = Optimizer(objective, recipe.optim, recipe.train.batch_size, self.plan.steps)
         self.model = objective.networks["model"]
         self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
@@ -335,12 +336,14 @@ class Trainer:
         own = [i for s, indices in self.recent if s == step for i in indices.tolist()]
         if own:
             details.append(f"their indices in the data (process {self.rank}): {' '.join(map(str, own))}")
-        means = self.means.read(lambda flat: flat)
-        norms = self.norms.read(lambda flat: flat)
-        details.append(f"since the last log: loss {means['loss']}, {norms}")
+        means = {"loss": self.means.read(lambda flat: flat)["loss"], **self.norms.read(lambda flat: flat)}
+        numbers = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in means.items())
+        details.append(f"means since the last log: {', '.join(numbers)}")
+        precise = ", or try train.precision=fp32" if self.bf16 else ""
+        good = f"; {self.saved} is good" if self.saved else ""
         raise UserError(
             f"the loss or a gradient is not finite at step {step + 1}; the step was not taken",
-            "lower optim.base_lr or optim.clip, or try train.precision=fp32; the last checkpoint is good",
+            f"lower optim.base_lr or optim.clip{precise}{good}",
             details,
         )
 
@@ -479,6 +482,7 @@ class Trainer:
                 weights["ema"] = self.ema.state_dict()
             save(step_folder(out, self.step), self.step, weights, (tensors, counters))
             prune(out, self.recipe.train.keep, never)
+        self.saved = step_folder(out, self.step)
         self.accelerator.wait_for_everyone()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -524,7 +528,7 @@ class Trainer:
             self.optimizer.load(parts.get("optimizer", {}))
             self.means.load(parts.get("means", {}), counters["means"], self.device)
             self.norms.load(parts.get("norms", {}), counters["norms"], self.device)
-            self.step = int(counters["step"])
+            self.step, self.saved = int(counters["step"]), checkpoint.folder
         except (KeyError, RuntimeError) as error:
             message = f"{checkpoint.folder} does not fit this recipe: {error}"
             raise UserError(message, "resume with the recipe that the run began with") from error

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import toys
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hmar_cli.checkpoints.store import list_steps, open_checkpoint
+from hmar_cli.checkpoints.store import list_steps, open_checkpoint, step_folder
 from hmar_cli.errors import UserError
 from hmar_cli.training import trainer as trainer_module
 from hmar_cli.training.logging import read_rows
@@ -153,8 +154,26 @@ def test_stops_before_a_step_that_is_not_finite(tmp_path, where):
         assert torch.equal(tensor, clean.model.state_dict()[name]), name
     indices = [next(toys.batches(8 + i, 0, 1, 4))["index"].tolist() for i in range(2)]
     assert any(" ".join(str(i) for part in indices for i in part) in line for line in error.value.details)
+    assert error.value.hint == f"lower optim.base_lr or optim.clip; {step_folder(tmp_path, 3)} is good"
+    number = "nan" if where == "loss" else r"\d\.\d+"
+    (means,) = [line for line in error.value.details if line.startswith("means since the last log: ")]
+    assert re.search(rf": loss {number}, grad norm model nan, grad norm critic ", means)
     assert open_checkpoint(tmp_path).step == 3  # the older checkpoint is whole
     assert all(t.isfinite().all() for t in open_checkpoint(tmp_path).load().values())
+
+
+def test_advice_fits_precision_and_what_was_saved(tmp_path):
+    for name, precision, hint in (
+        ("a", "fp32", "lower optim.base_lr or optim.clip"),
+        ("b", "bf16", "lower optim.base_lr or optim.clip, or try train.precision=fp32"),
+    ):
+        with pytest.raises(UserError, match="not finite at step 2") as error:
+            run(tmp_path / name, toys.recipe(precision=precision), toys.Toy(poison=1))
+        assert error.value.hint == hint
+    run(tmp_path, toys.recipe(steps=3))
+    with pytest.raises(UserError, match="not finite at step 4") as error:
+        run(tmp_path, toys.recipe(), toys.Toy(poison=0), resume=True)
+    assert error.value.hint.endswith(f"; {step_folder(tmp_path, 3)} is good")
 
 
 def test_a_device_that_is_not_asked_skips_every_update_after_a_bad_one():
