@@ -38,7 +38,7 @@ from hmar_cli.errors import UserError
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Side
 from hmar_cli.previews import reconstruction_preview, sample_preview
-from hmar_cli.recipe import flat, to_dict
+from hmar_cli.recipe import flat, load_recipe, to_dict
 from hmar_cli.settings import (
     Classifier,
     ClassifierObjective,
@@ -297,8 +297,8 @@ def execute(job: Job, options: Options, start: Checkpoint | None) -> Outcome:
             job.objective, job.batches, recipe=job.recipe, images=job.images, device=options.device
         )
     out = run_folder(job.recipe, options)
-    if start is not None:
-        check_same_run(start, job)
+    if options.resume:
+        check_same_run(out, start, job)
 
     def save(
         folder: Path, step: int, weights: Weights, training: tuple[Mapping[str, Tensor], Mapping[str, Any]]
@@ -363,29 +363,35 @@ def starting_point(recipe: Recipe, options: Options) -> Checkpoint | None:
     return checkpoint
 
 
-def check_same_run(start: Checkpoint, job: Job) -> None:
+def check_same_run(out: Path, start: Checkpoint | None, job: Job) -> None:
     """Refuse settings and data that would make a resumed run another one.
+
+    Args:
+        out: the run folder, whose recipe counts where there is no checkpoint yet.
+        start: the checkpoint to go on from.
+        job: what is to be run.
 
     Raises:
         UserError: listing them.
     """
-    old, new = flat(to_dict(start.recipe)), flat(to_dict(job.recipe))
+    recipe = start.recipe if start else load_recipe(str(out.absolute() / "recipe.toml"))
+    old, new = flat(to_dict(recipe)), flat(to_dict(job.recipe))
     allowed = (*CHANGEABLE, *(f"train.{name}" for name in CHANGEABLE_TRAIN))
     changed = [
         f"{key}: {old.get(key)} in the run, {new.get(key)} now"
         for key in sorted({*old, *new})
         if old.get(key) != new.get(key) and not key.startswith(allowed)
     ]
-    if (images := start.counters()["images"]) != job.images:
+    if start and (images := start.counters()["images"]) != job.images:
         changed.append(f"data: {images} images in the run, {job.images} now")
-    if start.class_names != job.class_names:
+    if start and start.class_names != job.class_names:
         changed.append(
             f"data: classes {shorten(start.class_names)} in the run, {shorten(job.class_names)} now"
         )
     if changed:
         raise UserError(
             f"a resumed run must keep its settings; {len(changed)} differ",
-            "leave them out, or start a new run from this one with --init and another --out",
+            f"leave them out, or start a new run with {'--init and ' if start else ''}another --out",
             changed,
         )
 

@@ -144,6 +144,17 @@ def test_a_resumed_run_keeps_its_settings(toys, cache, base, tmp_path):
     assert open_checkpoint(out).step == 3
 
 
+def test_a_resumed_run_that_never_saved_keeps_its_settings(toys, cache, base, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(base / "recipe.toml", out)
+    result = train(toys, "--data", cache, "--out", out, "--set", "model.depth=3", "--resume")
+    refused(result, "model.depth: 2 in the run, 3 now", "start a new run with another --out")
+    result = train(toys, "--data", cache, "--out", out, "--set", "optim.base_lr=0.01", "--resume")
+    assert result.exit_code == 0, result.output
+    assert "has no checkpoint yet: starting at its first step" in result.stderr
+
+
 def test_a_resumed_run_keeps_its_data(toys, base, tmp_path):
     out, recipe = tmp_path / "run", load_recipe(str(toys / "toy.toml"))
     shutil.copytree(base, out)
