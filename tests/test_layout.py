@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "sizes",
     },
     "imports.py": {"builders", "checkpoints", "models", "recipe", "settings"},
+    "exports.py": {"imports", "builders", "checkpoints", "models", "settings"},
     "previews.py": {"models", "tokenizers", "data", "training", "sampling", "builders", "report", "settings"},
 }
 OUTSIDE = {

@@ -1,7 +1,8 @@
-"""Readers of the published checkpoint formats of VAR, HMAR and their tokenizer.
+"""The published checkpoint formats of VAR, HMAR and their tokenizer, read and written.
 
-Each format is a list of key patterns; a reader renames a published state dict to this project's names, reads the
-settings off the shapes, and accounts for every key. Files are read without unpickling anything but tensors.
+Each format is a table of names and shapes that is read in either direction. A reader renames a published state dict
+to this project's names, reads the settings off the shapes, and accounts for every key; a writer goes the other way
+and adds the buffers that follow from the settings. Files are read without unpickling anything but tensors.
 """
 
 import argparse
@@ -38,7 +39,10 @@ BROKEN = (
 )
 """What reading a file can end in that is cut short, damaged, or no checkpoint at all."""
 
-_ATTENTION = {
+FIRST, LAST = -2, -3
+"""In shapes of a `Table`: the length of a tensor's first or last axis. -1 is what is left."""
+
+_BLOCK = {
     "attn.mat_qkv.weight": "attention.qkv.weight",
     "attn.q_bias": "attention.q_bias",
     "attn.v_bias": "attention.v_bias",
@@ -59,8 +63,6 @@ _WHOLE = {
     "class_emb.weight": "class_embed.weight",
     "lvl_embed.weight": "level_embed.weight",
     "word_embed.weight": "word_embed.weight",
-    "word_embed.bias": "word_embed.bias",
-    "word_embed_bias": "word_embed.bias",
     "mask_embed.weight": "masked.mask_embed",
     "shared_ada_lin.1.weight": "shared_adaln.linear.weight",
     "shared_ada_lin.1.bias": "shared_adaln.linear.bias",
@@ -71,18 +73,91 @@ _HEAD = {
     "head.weight": "head.linear.weight",
     "head.bias": "head.linear.bias",
 }
-_RESHAPED = {"log_scale": (-1,), "mask_embed": (-1,), "adaln.offsets": (6, 1, -1)}
-_DERIVED = re.compile(
-    r"lvl_1L|attn_bias_for_masking|(\w*blocks\.\d+\.)?attn\.zero_k_bias|quantize\.ema_vocab_hit_SV"
-)
-"""Buffers that follow from the settings, or that no output depends on."""
+_SHAPES = {
+    "log_scale": ((1, -1, 1, 1), (-1,)),
+    "mask_embed": ((1, -1), (-1,)),
+    "adaln.offsets": ((1, 1, 6, -1), (6, 1, -1)),
+}
+_DERIVED = r"(vae|vae_proxy|vae_local)\..+|lvl_1L|attn_bias_for_masking|(\w*blocks\.\d+\.)?attn\.zero_k_bias"
+"""A tokenizer inside a model's file, and buffers that follow from the settings."""
 
-_MSVQ = (
-    (re.compile(r"quantize\.embedding\.weight"), r"quantizer.codebook.weight"),
-    (re.compile(r"quantize\.quant_resi\.qresi_ls\.(\d+)\.(weight|bias)"), r"quantizer.phis.\1.\2"),
-    (re.compile(r"quantize\.quant_resi\.qresi\.(weight|bias)"), r"quantizer.phis.0.\1"),
-    (re.compile(r"((?:encoder|decoder|quant_conv|post_quant_conv)\..+)"), r"\1"),
-)
+
+@dataclass(frozen=True)
+class Table:
+    """How a published format names and shapes this project's tensors, read in either direction.
+
+    Attributes:
+        format: its name, for messages.
+        names: published names and this project's; # is the number of a block or a phi. Of several published names of
+            one tensor, the last is written.
+        shapes: by the end of this project's name, the published shape and this project's, where they differ.
+        same: pattern of names that are the same in both.
+        derived: pattern of published names that are not read.
+        whole: no model of the format lacks one of the names.
+    """
+
+    format: str
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    same: str = "(?!)"
+    derived: str = "(?!)"
+    whole: bool = False
+
+    def ours(self, key: str) -> str | None:
+        """This project's name of a published one; None if there is none."""
+        return self._rename(key, self.names)
+
+    def read(self, imported: "Imported", state: Mapping[str, Tensor]) -> None:
+        """Put published tensors into `imported`, under this project's names and in its shapes.
+
+        Raises:
+            UserError: names that the format doesn't have.
+        """
+        unknown = []
+        for key, value in state.items():
+            if re.fullmatch(self.derived, key):
+                imported.derived.append(key)
+            elif (target := self.ours(key)) is not None:
+                imported.state[target] = self._reshape(value.float(), target, 1)
+            else:
+                unknown.append(key)
+        require_known(unknown, len(state), self.format)
+
+    def write(self, state: Mapping[str, Tensor]) -> State:
+        """This project's tensors under their published names and in the published shapes.
+
+        Raises:
+            UserError: tensors that the format has no place for, or others that it needs.
+        """
+        names = {ours: published for published, ours in self.names.items()}
+        written, unfit = {}, []
+        for key, value in state.items():
+            if (target := self._rename(key, names)) is not None:
+                written[target] = self._reshape(value, key, 0)
+            else:
+                unfit.append(f"no place for {key}")
+        if self.whole:
+            unfit += [f"needs {name}" for name in names if name.replace("#", "0") not in state]
+        if unfit:
+            raise UserError(
+                f"this model does not fit the published {self.format} format: {len(unfit)} tensors differ",
+                "only models that are built as the published ones can be exported",
+                [*unfit[:8], *(["..."] if len(unfit) > 8 else [])],
+            )
+        return written
+
+    def _rename(self, key: str, names: Mapping[str, str]) -> str | None:
+        if key in names or re.fullmatch(self.same, key):
+            return names.get(key, key)
+        number = re.search(r"(?<=blocks\.)\d+|(?<=phis\.)\d+|(?<=qresi_ls\.)\d+", key)
+        target = number and names.get(f"{key[: number.start()]}#{key[number.end() :]}")
+        return target.replace("#", number[0]) if number and target else None
+
+    def _reshape(self, value: Tensor, ours: str, side: int) -> Tensor:
+        """A tensor in its published shape (side 0) or this project's (side 1)."""
+        shapes = (pair[side] for end, pair in self.shapes.items() if re.search(f"({end})$", ours))
+        axes = {FIRST: value.shape[:1], LAST: value.shape[-1:]}
+        return value.reshape([size for n in next(shapes, value.shape) for size in axes.get(n, (n,))])
 
 
 @dataclass
@@ -185,24 +260,54 @@ def _load(path: Path) -> object:
         ) from error
 
 
+def _msvq_table(state: Mapping[str, Tensor]) -> Table:
+    """The names of a tokenizer whose phis are several, or are one."""
+    one = any(".qresi." in key for key in state) or sum(".phis." in key for key in state) == 2
+    theirs, ours = ("qresi", "phis.0") if one else ("qresi_ls.#", "phis.#")
+    names = {
+        f"quantize.quant_resi.{theirs}.{leaf}": f"quantizer.{ours}.{leaf}" for leaf in ("weight", "bias")
+    }
+    names["quantize.embedding.weight"] = "quantizer.codebook.weight"
+    same = r"(encoder|decoder|quant_conv|post_quant_conv)\..+"
+    return Table("msvq", names, same=same, derived=r"quantize\.ema_vocab_hit_SV")
+
+
 def read_msvq(state: Mapping[str, Tensor]) -> Imported:
     """Rename a published multi-scale tokenizer.
 
     Raises:
         UserError: keys that the format doesn't have.
     """
-    imported, unknown = Imported("msvq", {}), []
-    for key, value in state.items():
-        target = next((p.sub(to, key) for p, to in _MSVQ if p.fullmatch(key)), None)
-        if target is not None:
-            imported.state[target] = value.float()
-        elif _DERIVED.fullmatch(key):
-            imported.derived.append(key)
-        else:
-            unknown.append(key)
-    require_known(unknown, len(state), "msvq")
+    imported = Imported("msvq", {})
+    _msvq_table(state).read(imported, state)
     require_present(imported, ("encoder.conv_in.weight", "quantizer.codebook.weight"))
     return imported
+
+
+def write_msvq(state: Mapping[str, Tensor], scales: int) -> State:
+    """Name a multi-scale tokenizer as its authors do; how often training met each code, nobody counted."""
+    codes = len(state["quantizer.codebook.weight"])
+    return _msvq_table(state).write(state) | {"quantize.ema_vocab_hit_SV": torch.zeros(scales, codes)}
+
+
+def transformer_table(format: str) -> Table:
+    """The names of a transformer.
+
+    Args:
+        format: "next-scale", "masked" or "merged"; of the last, next-scale blocks that the masked branch has copies
+            of are called "late_blocks" here, numbered from 0.
+    """
+    stacks, heads = {"blocks": "blocks"}, {"": ""}
+    if format == "merged":
+        stacks = {"base_blocks": "blocks", "ns_blocks": "late_blocks", "mask_blocks": "masked.blocks"}
+        heads = {"ns_": "", "mask_": "masked."}
+    biases = ["word_embed.bias", "word_embed_bias"]
+    names = _WHOLE | dict.fromkeys(biases[::-1] if format == "next-scale" else biases, "word_embed.bias")
+    for published, ours in stacks.items():
+        names |= {f"{published}.#.{k}": f"{ours}.#.{v}" for k, v in _BLOCK.items()}
+    for published, ours in heads.items():
+        names |= {published + k: ours + v for k, v in _HEAD.items()}
+    return Table("transformer", names, _SHAPES, derived=_DERIVED)
 
 
 def read_transformer(state: Mapping[str, Tensor]) -> Imported:
@@ -211,40 +316,44 @@ def read_transformer(state: Mapping[str, Tensor]) -> Imported:
     Raises:
         UserError: keys that the format doesn't have.
     """
-    merged = any(key.startswith("base_blocks.") for key in state)
-    masked = "mask_embed.weight" in state and not merged
-    imported = Imported("merged" if merged else "masked" if masked else "next-scale", {})
     lower = len({k.split(".")[1] for k in state if k.startswith("base_blocks.")})
-    unknown = []
-    for key, value in state.items():
-        if key.startswith(("vae.", "vae_proxy.", "vae_local.")) or _DERIVED.fullmatch(key):
-            imported.derived.append(key)
-        elif (target := _transformer_key(key, lower)) is not None:
-            shape = next((s for leaf, s in _RESHAPED.items() if target.endswith(leaf)), value.shape)
-            imported.state[target] = value.float().reshape(shape)
-        else:
-            unknown.append(key)
-    require_known(unknown, len(state), "transformer")
+    merged, masked = any(k.startswith("mask_blocks.") for k in state), "mask_embed.weight" in state
+    imported = Imported("merged" if merged else "masked" if masked else "next-scale", {})
+    transformer_table(imported.format).read(imported, state)
+    imported.state = _renumber(imported.state, "late_blocks", "blocks", lower)
     require_present(imported, ("class_embed.weight", "pos_embed", "word_embed.weight", "head.linear.weight"))
     require_present(imported, ("blocks.0.attention.log_scale", "blocks.0.feed_forward.fc1.weight"))
     return imported
 
 
-def _transformer_key(key: str, lower: int) -> str | None:
-    """This project's name of a published transformer key; `lower` blocks are shared in the merged format."""
-    if key in _WHOLE:
-        return _WHOLE[key]
-    if key in _HEAD:
-        return _HEAD[key]
-    if key.startswith("ns_head") and key[3:] in _HEAD:
-        return _HEAD[key[3:]]
-    if key.startswith("mask_head") and key[5:] in _HEAD:
-        return "masked." + _HEAD[key[5:]]
-    match = re.fullmatch(r"(base_|ns_|mask_|)blocks\.(\d+)\.(.+)", key)
-    if match is None or match[3] not in _ATTENTION:
-        return None
-    index = int(match[2]) + (lower if match[1] == "ns_" else 0)
-    return f"{'masked.' if match[1] == 'mask_' else ''}blocks.{index}.{_ATTENTION[match[3]]}"
+def write_transformer(state: State, lengths: Sequence[int], pattern: str) -> State:
+    """Name and shape a transformer as its authors do: whole, or one of those that `split` returns.
+
+    Args:
+        state: tensors by this project's names.
+        lengths: tokens of each scale.
+        pattern: "causal" or "diagonal".
+    """
+    layers = Imported("", state).masked_layers
+    format = "merged" if layers else "masked" if "masked.mask_embed" in state else "next-scale"
+    lower = block_count(state) - layers
+    published = transformer_table(format).write(_renumber(state, "blocks", "late_blocks", -lower))
+    level = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))  # [L]
+    seen = level[:, None] >= level if pattern == "causal" else level[:, None] == level  # [L, L]
+    bias = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    published |= {"lvl_1L": level[None], "attn_bias_for_masking": bias[None, None]}
+    biases = {k: v for k, v in published.items() if k.endswith("attn.q_bias")}
+    return published | {k.replace("q_bias", "zero_k_bias"): torch.zeros_like(v) for k, v in biases.items()}
+
+
+def _renumber(state: State, old: str, new: str, shift: int) -> State:
+    """Call block i of the stack `old` block i + shift of `new`, unless that is below 0."""
+
+    def moved(block: re.Match[str]) -> str:
+        number = int(block[1]) + shift
+        return f"{new}.{number}" if number >= 0 else block[0]
+
+    return {re.sub(rf"^{re.escape(old)}\.(\d+)", moved, key): value for key, value in state.items()}
 
 
 def require_known(unknown: Sequence[str], count: int, format: str) -> None:
@@ -280,8 +389,7 @@ def merge(next_scale: Imported, masked: Imported, layers: int) -> Imported:
     Raises:
         UserError: files of another kind or depth, or fewer blocks than `layers`.
     """
-    state = dict(next_scale.state)
-    depth = block_count(state)
+    depth = block_count(next_scale.state)
     if next_scale.format != "next-scale" or block_count(masked.state) != depth:
         raise UserError(
             f"a masked model of {block_count(masked.state)} blocks cannot be merged with a {next_scale.format} "
@@ -290,18 +398,20 @@ def merge(next_scale: Imported, masked: Imported, layers: int) -> Imported:
         )
     if layers > depth:
         raise UserError(f"--masked-layers {layers}: the model has {depth} blocks")
-    shared = []
-    for key, value in masked.state.items():
-        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
-        if match and int(match[1]) >= depth - layers:
-            state[f"masked.blocks.{int(match[1]) - depth + layers}.{match[2]}"] = value
-        elif key.startswith("head."):
-            state[f"masked.{key}"] = value
-        elif key == "masked.mask_embed":
-            state[key] = value
-        else:
-            shared.append(key)
-    return Imported("merged", state, [*next_scale.derived, *masked.derived], shared)
+    renamed = _renumber(masked.state, "blocks", "masked.blocks", layers - depth)
+    renamed = {re.sub(r"^head\.", "masked.head.", key): value for key, value in renamed.items()}
+    own = {key: value for key, value in renamed.items() if key.startswith("masked.")}
+    derived = [*next_scale.derived, *masked.derived]
+    return Imported("merged", next_scale.state | own, derived, [key for key in renamed if key not in own])
+
+
+def split(state: State) -> tuple[State, State]:
+    """Part a sampling model into the next-scale model and the masked model that `merge` joins."""
+    next_scale = {key: value for key, value in state.items() if not key.startswith("masked.")}
+    lower = block_count(state) - Imported("", state).masked_layers
+    own = {key: value for key, value in state.items() if key not in next_scale}
+    own = _renumber(own, "masked.blocks", "blocks", lower)
+    return next_scale, next_scale | {re.sub(r"^masked\.head", "head", k): v for k, v in own.items()}
 
 
 def block_count(state: Mapping[str, Tensor]) -> int:

@@ -1,6 +1,4 @@
-"""Readers of the published formats of MAR, Hi-MAR and their KL-16 tokenizer.
-
-As in `published`, a reader renames a state dict to this project's names and accounts for every key.
+"""The published formats of MAR, Hi-MAR and their KL-16 tokenizer, read and written as in `published`.
 
 Letters: P phases (1 in MAR, 2 in Hi-MAR), S pivots, N dense tokens, L = S + N, D width, w width of a head, C latent
 channels.
@@ -9,11 +7,20 @@ channels.
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from hmar_cli.checkpoints.published import Imported, convolution_settings, require_known, require_present
+from hmar_cli.checkpoints.published import (
+    FIRST,
+    LAST,
+    Imported,
+    State,
+    Table,
+    convolution_settings,
+    require_present,
+)
 from hmar_cli.errors import UserError
 from hmar_cli.settings import Kl
 
@@ -21,69 +28,87 @@ KL16_SCALE = 0.2325
 """What the published models multiply KL-16's latents by; it is no part of the file."""
 
 _KL = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\..+")
-_KL_ATTENTION = re.compile(r"((?:encoder|decoder)\..*attn[\w.]*)\.([qkv])\.(weight|bias)")
+_KL_ATTENTION = re.compile(r"((?:encoder|decoder)\..*attn[\w.]*)\.(qkv|[qkv])\.(weight|bias)")
 
-
-_SIDES = (
-    (re.compile(r"(encoder|decoder)_pos_embed_learned"), r"\1.pos_embed"),
-    (re.compile(r"(encoder|decoder)_norm\.(weight|bias)"), r"\1.norm.\2"),
-    (re.compile(r"(encoder|decoder)_task_emb\.weight"), r"\1.scale_vector.embed.weight"),
-    (re.compile(r"(encoder|decoder)_blocks_ada\.1\.(weight|bias)"), r"\1.scale_vector.linear.\2"),
-    (re.compile(r"(encoder|decoder)_blocks\.(\d+)\.(norm[12]\.(?:weight|bias))"), r"\1.blocks.\2.\3"),
-    (
-        re.compile(r"(encoder|decoder)_blocks\.(\d+)\.attn\.((?:qkv|proj)\.(?:weight|bias))"),
-        r"\1.blocks.\2.attention.\3",
-    ),
-    (
-        re.compile(r"(encoder|decoder)_blocks\.(\d+)\.mlp\.(fc[12]\.(?:weight|bias))"),
-        r"\1.blocks.\2.feed_forward.\3",
-    ),
-    (
-        re.compile(r"(encoder|decoder)_blocks\.(\d+)\.adaLN_(scale|shift)"),
-        r"\1.blocks.\2.modulation.\3",
-    ),
-)
 _WHOLE = {
     "fake_latent": "null_embed",
     "class_emb.weight": "class_embed.weight",
     "mask_token": "mask_token",
-    "cond_tokens": "empty_pivots",
     "diffusion_pos_embed_learned": "head_pos_embed",
 }
-_LAYERS = {
+_LAYERS = {  # with weight and bias
     "z_proj": "token_proj",
     "z_proj_ln": "token_norm",
-    "cond_proj": "pivot_proj",
-    "cond_z_proj": "conditional_proj",
     "decoder_embed": "decoder_embed",
 }
-_HEAD = {
-    # both heads
+_STACK = {  # layers of encoder and decoder
+    "norm": "norm",
+    "blocks.#.norm1": "blocks.#.norm1",
+    "blocks.#.norm2": "blocks.#.norm2",
+    "blocks.#.attn.qkv": "blocks.#.attention.qkv",
+    "blocks.#.attn.proj": "blocks.#.attention.proj",
+    "blocks.#.mlp.fc1": "blocks.#.feed_forward.fc1",
+    "blocks.#.mlp.fc2": "blocks.#.feed_forward.fc2",
+}
+_OUTPUT = {  # layers of both kinds of heads
     "final_layer.linear": "output",
     "final_layer.adaLN_modulation.1": "modulation",
-    # the MLP
+}
+_MLP = _OUTPUT | {
     "time_embed.mlp.0": "time_embed.fc1",
     "time_embed.mlp.2": "time_embed.fc2",
     "cond_embed": "condition",
     "input_proj": "input",
-    # the transformer
+    "res_blocks.#.in_ln": "blocks.#.norm",
+    "res_blocks.#.mlp.0": "blocks.#.fc1",
+    "res_blocks.#.mlp.2": "blocks.#.fc2",
+    "res_blocks.#.adaLN_modulation.1": "blocks.#.modulation",
+}
+_TRANSFORMER = _OUTPUT | {
     "t_embedder.mlp.0": "time_embed.fc1",
     "t_embedder.mlp.2": "time_embed.fc2",
     "c_embedder.proj": "condition",
     "x_embedder.proj": "input",
+    "blocks.#.adaLN_modulation.1": "blocks.#.modulation",
+    "blocks.#.attn.qkv": "blocks.#.attention.qkv",
+    "blocks.#.attn.proj": "blocks.#.attention.proj",
+    "blocks.#.mlp.fc1": "blocks.#.feed_forward.fc1",
+    "blocks.#.mlp.fc2": "blocks.#.feed_forward.fc2",
 }
-_HEAD_BLOCK = {
-    "in_ln": "norm",
-    "mlp.0": "fc1",
-    "mlp.2": "fc2",
-    "adaLN_modulation.1": "modulation",
-    "attn.qkv": "attention.qkv",
-    "attn.proj": "attention.proj",
-    "mlp.fc1": "feed_forward.fc1",
-    "mlp.fc2": "feed_forward.fc2",
-}
-_DERIVED = re.compile(r"(cond_)?diffloss\.net\.(c_)?pos_embed")
+_DERIVED = r"cond_diffloss\.net\.(c_)?pos_embed"
 """The transformer head's fixed sine table, and one that no output depends on."""
+
+
+@cache
+def masked_table(phases: int) -> Table:
+    """The names and shapes of MAR (`phases` 1) or Hi-MAR (2)."""
+    names, layers, stack = dict(_WHOLE), dict(_LAYERS), dict(_STACK)
+    heads = {"diffloss": ("dense_head", _MLP)}
+    if phases == 2:
+        heads = {"diffloss": ("pivot_head", _MLP), "cond_diffloss": ("dense_head", _TRANSFORMER)}
+        names["cond_tokens"] = "empty_pivots"
+        layers |= {"cond_proj": "pivot_proj", "cond_z_proj": "conditional_proj"}
+        stack["blocks_ada.1"] = "scale_vector.linear"
+    for side in ("encoder", "decoder"):
+        names[f"{side}_pos_embed_learned"] = f"{side}.pos_embed"
+        layers |= {f"{side}_{published}": f"{side}.{ours}" for published, ours in stack.items()}
+        if phases == 2:
+            names[f"{side}_task_emb.weight"] = f"{side}.scale_vector.embed.weight"
+            for part in ("scale", "shift"):
+                names[f"{side}_blocks.#.adaLN_{part}"] = f"{side}.blocks.#.modulation.{part}"
+    for place, (head, own) in heads.items():
+        layers |= {f"{place}.net.{published}": f"{head}.{ours}" for published, ours in own.items()}
+    names |= {f"{k}.{leaf}": f"{v}.{leaf}" for k, v in layers.items() for leaf in ("weight", "bias")}
+    shapes = {
+        r"coder\.pos_embed|mask_token": ((1, -1, LAST), (phases, -1, LAST)),  # phases apart from positions
+        "head_pos_embed|empty_pivots": ((1, -1, LAST), (-1, LAST)),  # [L, D] and [S, C]
+        "null_embed": ((1, -1), (-1,)),
+        r"modulation\.(scale|shift)": ((FIRST, 1, 1, -1), (FIRST, -1)),  # [P, 4 D]
+    }
+    if phases == 2:  # a 1x1 convolution [w, C, 1, 1] is a linear layer [w, C]
+        shapes[r"dense_head\.(input|condition)\.weight"] = ((FIRST, -1, 1, 1), (FIRST, -1))
+    format = "himar" if phases == 2 else "mar"
+    return Table(format, names, shapes, derived=_DERIVED, whole=True)
 
 
 def read_masked(state: Mapping[str, Tensor]) -> Imported:
@@ -92,60 +117,28 @@ def read_masked(state: Mapping[str, Tensor]) -> Imported:
     Raises:
         UserError: keys that the format doesn't have, or not such a file.
     """
-    imported = Imported("himar" if "cond_tokens" in state else "mar", {})
-    phases = 2 if imported.format == "himar" else 1
-    unknown = []
-    for key, value in state.items():
-        if _DERIVED.fullmatch(key):
-            imported.derived.append(key)
-        elif (target := masked_key(key, phases)) is not None:
-            imported.state[target] = _reshaped(target, value.float(), phases)
-        else:
-            unknown.append(key)
-    require_known(unknown, len(state), imported.format)
+    table = masked_table(2 if "cond_tokens" in state else 1)
+    imported = Imported(table.format, {})
+    table.read(imported, state)
     require_present(imported, ("class_embed.weight", "encoder.pos_embed", "token_proj.weight"))
     return imported
 
 
-def masked_key(key: str, phases: int) -> str | None:
-    """This project's name of a published key of MAR (`phases` 1) or Hi-MAR (2); None if there is none."""
-    if key in _WHOLE:
-        return _WHOLE[key]
-    for pattern, target in _SIDES:
-        if pattern.fullmatch(key):
-            return pattern.sub(target, key)
-    if match := re.fullmatch(r"(cond_)?diffloss\.net\.(.+)", key):
-        head = "pivot_head" if phases == 2 and not match[1] else "dense_head"
-        inner = _head_key(match[2])
-        return f"{head}.{inner}" if inner else None
-    layer, _, leaf = key.rpartition(".")
-    return f"{_LAYERS[layer]}.{leaf}" if layer in _LAYERS and leaf in ("weight", "bias") else None
+def write_masked(state: Mapping[str, Tensor], positions: Tensor | None) -> State:
+    """Name and shape a MAR or Hi-MAR as its authors do.
 
+    Args:
+        state: tensors by this project's names.
+        positions: fixed positions [N, w] of a transformer head.
 
-def _head_key(key: str) -> str | None:
-    """This project's name of a key inside a diffusion head."""
-    layer, _, leaf = key.rpartition(".")
-    if leaf not in ("weight", "bias"):
-        return None
-    match = re.fullmatch(r"(?:res_)?blocks\.(\d+)\.(.+)", layer)
-    if match is None:
-        return f"{_HEAD[layer]}.{leaf}" if layer in _HEAD else None
-    return f"blocks.{match[1]}.{_HEAD_BLOCK[match[2]]}.{leaf}" if match[2] in _HEAD_BLOCK else None
-
-
-def _reshaped(target: str, value: Tensor, phases: int) -> Tensor:
-    """A published tensor in this project's shape: without singleton axes, phases apart from positions."""
-    if target in ("encoder.pos_embed", "decoder.pos_embed", "mask_token"):
-        return value.reshape(phases, -1, value.shape[-1])  # [P, places, D]
-    if target in ("head_pos_embed", "empty_pivots"):
-        return value.flatten(0, 1)  # [L, D] or [S, C]
-    if target == "null_embed":
-        return value.flatten()  # [D]
-    if re.search(r"\.modulation\.(scale|shift)$", target):
-        return value.flatten(1)  # [P, 4 D]
-    if re.fullmatch(r"\w+_head\.(input|condition)\.weight", target):
-        return value.flatten(1)  # a 1x1 convolution [w, C, 1, 1] is a linear layer [w, C]
-    return value
+    Raises:
+        UserError: a model of another build.
+    """
+    published = masked_table(2 if "empty_pivots" in state else 1).write(state)
+    if positions is None:
+        return published
+    fixed = {"pos_embed": positions[None], "c_pos_embed": torch.zeros_like(positions)[None]}
+    return published | {f"cond_diffloss.net.{name}": value for name, value in fixed.items()}
 
 
 def require_alike(weights: Mapping[str, Imported]) -> None:
@@ -175,7 +168,8 @@ def read_kl(state: Mapping[str, Tensor]) -> Imported:
     imported = Imported("kl", {})
     apart: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        if match := _KL_ATTENTION.fullmatch(key):
+        match = _KL_ATTENTION.fullmatch(key)
+        if match and match[2] != "qkv":
             apart.setdefault(f"{match[1]}.qkv.{match[3]}", {})[match[2]] = value.float()
         elif _KL.fullmatch(key):
             imported.state[key] = value.float()
@@ -191,6 +185,18 @@ def read_kl(state: Mapping[str, Tensor]) -> Imported:
     require_present(imported, ("encoder.conv_in.weight", "encoder.down.0.block.0.conv2.weight"))
     require_present(imported, ("quant_conv.weight", "post_quant_conv.weight"))
     return imported
+
+
+def write_kl(state: Mapping[str, Tensor]) -> State:
+    """Name a KL autoencoder as its authors do: each attention's query, key and value are three convolutions."""
+    published: State = {}
+    for key, value in state.items():
+        if match := _KL_ATTENTION.fullmatch(key):
+            parts = zip(match[2], value.chunk(3), strict=True)
+            published |= {f"{match[1]}.{name}.{match[3]}": part for name, part in parts}
+        else:
+            published[key] = value
+    return published
 
 
 def kl_settings(imported: Imported) -> Kl:

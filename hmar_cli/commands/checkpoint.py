@@ -1,4 +1,4 @@
-"""`hmar checkpoint`: import published weights, and say what a checkpoint is."""
+"""`hmar checkpoint`: import and export published formats, and say what a checkpoint is."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Import published weights, and say what a checkpoint is.",
+    help="Import and export published formats, and say what a checkpoint is.",
 )
 
 FormatName = Literal["var", "hmar", "msvq", "mar", "himar", "kl"]
@@ -40,6 +40,29 @@ averaged ones. Their settings are those of the recipe, mar-b, himar-l and so on 
 - `hmar checkpoint import masked.pth --format hmar --base next-scale.pth --out checkpoints/merged`
 - `hmar checkpoint import kl16.ckpt --format kl --out checkpoints/kl-16`
 - `hmar checkpoint import checkpoint-last.pth --format himar --tokenizer checkpoints/kl-16 --out checkpoints/himar-b`
+"""
+
+EXPORT_HELP = """
+Write weights trained here to a file as the authors of VAR, HMAR, MAR or Hi-MAR publish theirs: the way back of
+`hmar checkpoint import`, for code that reads their files.
+
+The format is that of the checkpoint: `var`, `hmar`, `msvq`, `mar`, `himar` or `kl`. With `--format msvq` or `kl`, a
+model's checkpoint gives the tokenizer that it carries. An HMAR with a masked branch is one merged file; with `--base`
+it is two, the masked model and the next-scale model, as import reads them.
+
+Averaged weights are written where there are any, or those of `--weights`. PyTorch files of MAR and Hi-MAR hold both
+sets, as `model` and `model_ema`, those of KL-16 one as `model`; other files, and all safetensors files, are plain.
+Buffers that follow from the settings are written too; a tokenizer's counts of how often training met each code are
+zeros. What no file holds, such as the scales or the latent scale, is printed: tell it to the code that reads the
+file. Weights that were imported, and what was trained from them, keep their licence.
+
+**Examples**
+
+- `hmar checkpoint export runs/var --out var.pth`
+- `hmar checkpoint export runs/var --format msvq --out vae.pth`
+- `hmar checkpoint export runs/hmar-masked --out hmar.safetensors --weights model`
+- `hmar checkpoint export runs/hmar-masked --out masked.pth --base next-scale.pth`
+- `hmar checkpoint export runs/himar --out checkpoint-last.pth --json`
 """
 
 INSPECT_HELP = """
@@ -211,3 +234,38 @@ def inspect(
         if text := f"{value:,}" if key == "parameters" else _words(value):
             table.add_row(key.replace("_", " "), text)
     Console().print(table)
+
+
+@app.command("export", help=EXPORT_HELP)
+def export(
+    path: Annotated[Path, typer.Argument(help="Checkpoint or run folder.")],
+    out: Annotated[Path, typer.Option(help="File to write: .pth, .pt, .bin, .ckpt or .safetensors.")],
+    format: Annotated[
+        FormatName | None, typer.Option(help="Whose format it is. [default: the checkpoint's]")
+    ] = None,
+    weights: Annotated[
+        Literal["model", "ema"] | None, typer.Option(help="Raw or averaged weights. [default: averaged]")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="Write an HMAR's next-scale model here, its masked model to --out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the account as JSON.")] = False,
+) -> None:
+    """Export a checkpoint; the help text is `EXPORT_HELP`."""
+    from hmar_cli.console import console
+    from hmar_cli.exports import export_file
+
+    exported = export_file(path, out, format=format or "", weights=weights or "", base=base)
+    account = {
+        "format": exported.format,
+        "weights": list(exported.weights),
+        "tensors": {str(file): count for file, count in exported.tensors.items()},
+        "not_in_the_file": exported.settings,
+        "licence": exported.licence or "your own",
+    }
+    for file, count in exported.tensors.items():
+        console.print(f"{file}: {count} tensors, {' and '.join(exported.weights)}", highlight=False)
+    told = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in exported.settings.items())
+    console.print(f"not in the file: {told}", highlight=False, markup=False)
+    console.print(f"licence of these weights: {account['licence']}")
+    print(json.dumps(account, indent=2) if as_json else "\n".join(map(str, exported.tensors)))

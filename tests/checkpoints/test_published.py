@@ -20,7 +20,10 @@ from hmar_cli.checkpoints.published import (
     read_file,
     read_msvq,
     read_transformer,
+    split,
     tokenizer_settings,
+    write_msvq,
+    write_transformer,
 )
 from hmar_cli.errors import UserError
 from hmar_cli.settings import Recipe
@@ -55,7 +58,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_full_size_transformers(name: str) -> None:
     about = manifest(name)
-    imported = read_transformer(published_state(about))
+    imported, published = read_transformer(published_state(about)), shapes(published_state(about))
     derived = {
         k for k in published_state(about) if k.endswith(("lvl_1L", "attn_bias_for_masking", "zero_k_bias"))
     }
@@ -75,6 +78,8 @@ def test_full_size_transformers(name: str) -> None:
     with torch.device("meta"):
         model = build_model(recipe)
     assert shapes(model.state_dict()) == shapes(imported.state)
+    state = split(imported.state)[1] if "mp" in name else imported.state
+    assert shapes(write_transformer(state, recipe.scales.lengths, settings.pattern)) == published
     if "mp" not in name:
         assert sum(p.numel() for p in model.parameters()) == about["parameters"]
 
@@ -87,6 +92,7 @@ def test_full_size_tokenizer() -> None:
     with torch.device("meta"):
         tokenizer = build_tokenizer(tokenizer_settings(imported, sides))
     assert shapes(tokenizer.state_dict()) == shapes(imported.state)
+    assert shapes(write_msvq(imported.state, len(sides))) == shapes(published_state(about))
     assert sum(p.numel() for p in tokenizer.parameters()) == about["parameters"]
 
 

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from hmar_cli.builders import build_model, build_tokenizer
 from hmar_cli.checkpoints.published import read_weights
-from hmar_cli.checkpoints.published_masked import kl_settings, read_kl, read_masked, require_alike
+from hmar_cli.checkpoints.published_masked import (
+    kl_settings,
+    read_kl,
+    read_masked,
+    require_alike,
+    write_kl,
+    write_masked,
+)
 from hmar_cli.errors import UserError
 from hmar_cli.recipe import load_recipe
 
@@ -61,6 +68,8 @@ def test_full_size_models(name: str) -> None:
     with torch.device("meta"):
         model = build_model(load_recipe(RECIPES[name]))
     assert shapes(model.state_dict()) == shapes(imported.state)
+    positions = getattr(model.dense_head, "pos_embed", None)
+    assert shapes(write_masked(imported.state, positions)) == shapes(full_size(about))
     assert trainable(model) == about["trainable_parameters"]
 
 
@@ -75,6 +84,7 @@ def test_full_size_tokenizer() -> None:
     with torch.device("meta"):
         tokenizer = build_tokenizer(settings)
     assert shapes(tokenizer.state_dict()) == shapes(imported.state)
+    assert shapes(write_kl(imported.state)) == shapes(state)
     assert trainable(tokenizer) == about["trainable_parameters"] == about["total_elements"]
 
 

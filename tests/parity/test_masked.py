@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hmar_cli.builders import build_model
-from hmar_cli.checkpoints.published_masked import masked_key, read_masked
+from hmar_cli.checkpoints.published_masked import masked_table, read_masked
 from hmar_cli.models.diffusion import Diffusion
 from hmar_cli.models.heads import MlpHead, TransformerHead
 from hmar_cli.models.masked import MaskedTransformer, gather_tokens
@@ -263,7 +263,7 @@ def gradient_norms(case: Case, loss: Tensor) -> Tensor:
     phases = case.model.phases
     norms = []
     for name in case.about["grad_param_names"]:
-        target = masked_key(name, phases)
+        target = masked_table(phases).ours(name)
         assert target is not None
         gradient = parameters[target].grad
         assert gradient is not None, name

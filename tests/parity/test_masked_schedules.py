@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hmar_cli.builders import build_model
-from hmar_cli.checkpoints.published_masked import masked_key
+from hmar_cli.checkpoints.published_masked import masked_table
 from hmar_cli.recipe import load_recipe
 from hmar_cli.sampling.masked import guidance, mask_lengths
 from hmar_cli.settings import Data, Kl, MaskedAr, MaskedArObjective, Masking, Optim, Recipe
@@ -137,8 +137,8 @@ def test_groups_of_weight_decay(family: str, pivots: Any) -> None:
         groups[objective.undecayed(name, parameter)].add(name)
 
     def ours(keys: list[str]) -> set[str]:
-        return {str(masked_key(key, objective.model.phases)) for key in keys}
+        return {str(masked_table(objective.model.phases).ours(key)) for key in keys}
 
     assert groups[True] == ours(recorded["zero_decay"])
     assert groups[False] == ours(recorded["decayed"])
-    assert all(masked_key(key, 2) is None for key in recorded["not_in_optimizer"])
+    assert all(masked_table(2).ours(key) is None for key in recorded["not_in_optimizer"])

@@ -10,7 +10,7 @@ import toys
 from torch import nn
 
 from hmar_cli.builders import build_model, build_tokenizer
-from hmar_cli.checkpoints.published import _transformer_key
+from hmar_cli.checkpoints.published import transformer_table
 from hmar_cli.errors import UserError
 from hmar_cli.settings import Optim
 from hmar_cli.training.ema import Ema
@@ -63,7 +63,7 @@ def test_groups_match_the_published_ones(toy, entry):
     for found, kind in zip(ours, ("decay", "no_decay"), strict=True):
         expected = set()
         for key in groups[kind]:
-            name = _transformer_key(key.replace("{i}", "7"), 0)
+            name = transformer_table("masked").ours(key.replace("{i}", "7"))
             assert name is not None, key
             name = name.removeprefix("masked.").replace(".7.", ".{i}.")
             expected.add(prefix + name)
