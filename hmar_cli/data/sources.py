@@ -1,6 +1,7 @@
 """Where images come from: files, hub names, COCO's annotations and drawings, by one spelling.
 
     photos/                               a folder for each class (or pictures without classes)
+    photo.jpg, photos/*.png               pictures without classes
     samples/                              what `hmar sample` wrote, with the classes or prompts of its images
     data/train.parquet, data/*.parquet    parquet files, or a folder of them
     shards/*.tar                          WebDataset files, or a folder of them

@@ -180,15 +180,15 @@ def _arguments(spec: str, location: str, options: Mapping[str, str]) -> dict[str
     found = glob.glob(str(path), recursive=True)  # noqa: PTH207  # Path.glob takes no absolute pattern
     files = [path] if path.is_file() else sorted(map(Path, found))
     if files:
-        kinds = {FILE_KINDS.get(file.suffix.lower(), "") for file in files}
-        if len(kinds) != 1 or kinds == {""}:
-            stray = next((file for file in files if file.suffix.lower() not in FILE_KINDS), files[0])
+        kinds = [_file_kind(file) for file in files]
+        if "" in kinds or len(set(kinds)) > 1:
             raise UserError(
-                f"cannot read {stray} as a source of images",
-                "give .parquet files, WebDataset .tar files, a folder of images, or owner/name of the hub",
+                f"cannot read {files[kinds.index('') if '' in kinds else 0]} as a source of images",
+                "give pictures, .parquet files, WebDataset .tar files, a folder, or owner/name of the hub",
             )
         names = [glob.escape(str(file.resolve())) for file in files]
-        return {"path": kinds.pop(), "data_files": {_split_name(split): names}, "split": split}
+        labels = {"drop_labels": True} if kinds[0] == "imagefolder" else {}
+        return {"path": kinds[0], "data_files": {_split_name(split): names}, "split": split, **labels}
     hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", location) and path.suffix.lower() not in FILE_KINDS
     if hub and not path.parent.exists():
         return {"path": location, "split": split, **named}
@@ -201,6 +201,12 @@ def _arguments(spec: str, location: str, options: Mapping[str, str]) -> dict[str
 FILE_KINDS = {".parquet": "parquet", ".tar": "webdataset"}
 
 
+def _file_kind(file: Path) -> str:
+    """What a data file or a picture is opened as, by its name; empty for anything else."""
+    suffix = file.suffix.lower()
+    return FILE_KINDS.get(suffix, "imagefolder" if suffix in Image.registered_extensions() else "")
+
+
 def _split_name(split: str) -> str:
     """The name in a split such as `train[:10%]`."""
     return split.split("[")[0]
@@ -211,11 +217,8 @@ def _folder_kind(folder: Path) -> str:
     for _, folders, files in os.walk(folder):
         folders.sort()
         for file in sorted(files):
-            suffix = Path(file).suffix.lower()
-            if suffix in FILE_KINDS:
-                return FILE_KINDS[suffix]
-            if suffix in Image.registered_extensions():
-                return "imagefolder"
+            if kind := _file_kind(Path(file)):
+                return kind
     raise UserError(f"no images, .parquet or .tar files in {folder}", "give a folder that holds some")
 
 

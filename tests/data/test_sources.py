@@ -54,6 +54,19 @@ def test_folder_without_classes(tmp_path: Path) -> None:
     assert (source.class_names, len(source), number_of(source[0].image)) == (UNLABELLED, 1, 3)
 
 
+def test_pictures_by_their_names(folder: Path) -> None:
+    one = open_source(str(folder / "dog" / "b.png"))
+    assert (len(one), one.class_names, one.captioned) == (1, UNLABELLED, False)
+    image = one[0].image
+    assert image is not None and np.array_equal(np.asarray(image), np.asarray(picture(1)))
+    several = open_source(str(folder / "*" / "a.png"))
+    assert len(several) == 2 and several.class_names == UNLABELLED
+    broken = open_source(str(folder / "cat" / "z.png"))
+    assert broken[0].image is None and broken[0].error
+    with pytest.raises(UserError, match=r"cannot read .*notes\.txt"):
+        open_source(str(folder / "cat" / "*"))
+
+
 def test_folder_called_train_can_be_a_class(tmp_path: Path) -> None:
     for number, name in enumerate(("train", "plane")):
         (tmp_path / "traffic" / name).mkdir(parents=True)
