@@ -30,7 +30,7 @@ middle half of each side), `half` (the right half) and `free-form` (random strok
 PSNR within the region and the distance of a classifier's features between the filled picture and the original are
 means over pictures; `FID[...]` is the Fréchet distance of the set by the classifier's features, `class` the share of
 pictures whose class the classifier still finds, and `seam` the mean step of colour across the region's edge, in
-levels of 0 to 255.
+levels of 0 to 255. Without `--extractor` there are PSNR and seam alone.
 
 Beside the model stand what its tokenizer makes of the originals (no model can do much better), a smooth continuation
 of what is kept, its mean colour, and the same region of another picture (chance). Images and masks depend on SOURCE
@@ -40,7 +40,7 @@ and the seed alone, so that models compare; distances compare where the classifi
 
 - `hmar eval edits "builtin:shapes?seed=1" --checkpoint runs/hmar-masked --extractor runs/classifier-tiny`
 - `hmar eval edits cifar10-test.parquet --checkpoint runs/himar --extractor runs/classifier-cifar10 --labels none`
-- `hmar eval edits photos/ --checkpoint runs/hmar-masked --extractor runs/classifier --schedule none --grid fills.png`
+- `hmar eval edits photos/ --checkpoint runs/hmar-masked --labels none --schedule none --grid fills.png`
 """
 
 MODEL, TOKENIZER = "model", "tokenizer"
@@ -55,12 +55,14 @@ def register(app: typer.Typer) -> None:
 def edits(
     source: Annotated[str, typer.Argument(help="Source of images.", show_default=False)],
     checkpoint: drawing.Checkpoint,
-    extractor: Annotated[
-        str,
-        typer.Option(help="A classifier's run, or another, as of `hmar eval samples`.", show_default=False),
-    ],
     sampler: drawing.Sampler,
     loading: drawing.Loading,
+    extractor: Annotated[
+        str,
+        typer.Option(
+            help="A classifier's run, or another, as of `hmar eval samples`. [default: PSNR and seams alone]"
+        ),
+    ] = "",
     count: Annotated[int, typer.Option(min=2, help="Of the source's first images.")] = 300,
     masks: Annotated[str, typer.Option(help="Of centre, half and free-form, by commas. [default: all]")] = "",
     labels: Annotated[
@@ -100,7 +102,7 @@ def edits(
     from hmar_cli.evaluation.extractors import open_extractor
     from hmar_cli.evaluation.measures import metric_name
 
-    judge = open_extractor(extractor, place)
+    judge = open_extractor(extractor, place) if extractor else None
     painter, held_out = open_painter(opened, loading, settings, chosen, source, count, labels, place)
     erased = erases(chosen, whole=False) if erase is None else erase
     together = batch_size or opened.recipe.sample.batch_size
@@ -116,12 +118,12 @@ def edits(
     )
     if grid:
         save_grid(report, held_out, seed, grid)
-    name = metric_name("fid", judge, len(held_out.pixels))
+    name = metric_name("fid", judge, len(held_out.pixels)) if judge else ""
     if not as_json:
         print_report(name, report, held_out)
         return
     about = {
-        "metric": name,
+        "metric": name or None,
         **opened.describe(loading.weights),
         "parameters": sum(each.numel() for each in painter.model.parameters()),
         "tokenizer_hash": opened.tokenizer_hash or painter.tokenizer.fingerprint(),
@@ -134,7 +136,7 @@ def edits(
         "precision": painter.precision,
         "batch_size": together,
         "device": str(place),
-        "extractor": judge.describe(),
+        "extractor": judge and judge.describe(),
         **describe_report(report, held_out),
     }
     print(json.dumps(about, indent=2, ensure_ascii=False))
@@ -223,15 +225,14 @@ def own_conditions(checkpoint: "Checkpoint", held_out: "HeldOut", text_weights: 
         if not all(held_out.captions):
             raise UserError(f"{held_out.source} has pictures without captions", "use --labels none")
         return drawing.conditions_for(text, [], list(held_out.captions))
-    from hmar_cli.data.images import class_places
+    from hmar_cli.data.images import UNLABELLED, class_places
 
     places = class_places(held_out.class_names, checkpoint.class_names)
     if -1 in places:
         unknown = held_out.class_names[places.index(-1)]
-        raise UserError(
-            f"{checkpoint.folder} knows no class {unknown!r}, which {held_out.source} has",
-            "use --labels none",
-        )
+        known = f"{checkpoint.folder} knows no class {unknown!r}, which {held_out.source} has"
+        none = f"{held_out.source} has pictures without classes"
+        raise UserError(none if held_out.class_names == UNLABELLED else known, "use --labels none")
     classes = [places[label] for label in held_out.labels]
     return drawing.conditions_for(None, classes, [])
 
@@ -278,15 +279,17 @@ def save_grid(report: "Report", held_out: "HeldOut", seed: int, target: Path) ->
 
 
 def print_report(name: str, report: "Report", held_out: "HeldOut") -> None:
-    """Print a table for people."""
+    """Print a table for people; without `name` nothing was measured by features."""
     count = len(held_out.pixels)
     width = max(len(name), 8)
-    head = f"{'region':10} {'filled by':20} {'PSNR':>6} {'distance':>9} {name:>{width}} {'seam':>6}"
-    print(head + f" {'class':>7}" * report.labelled)
+    head = f"{'region':10} {'filled by':20} {'PSNR':>6}"
+    head += f" {'distance':>9} {name:>{width}}" if name else ""
+    print(f"{head} {'seam':>6}" + f" {'class':>7}" * report.labelled)
     for row in report.rows:
         about = row.describe(report.labelled)
-        line = f"{row.mask:10} {row.fill:20} {about['psnr']:6.2f} {about['distance']:9.4g}"
-        line += f" {row.frechet:{width}.4g} {about['seam']:6.2f}"
+        line = f"{row.mask:10} {row.fill:20} {about['psnr']:6.2f}"
+        line += f" {about['distance']:9.4g} {about['frechet']:{width}.4g}" if name else ""
+        line += f" {about['seam']:6.2f}"
         print(line + (f" {about['accuracy']:7.1%}" if report.labelled else ""))
     shares = ", ".join(f"{mask} {share:.0%}" for mask, share in report.shares.items())
     print(f"{count} images of {held_out.source}; regions cover: {shares}")

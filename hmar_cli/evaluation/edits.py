@@ -177,8 +177,9 @@ class Row:
         mask: of `MASKS`.
         fill: its name.
         psnrs: of each picture.
-        distances: Euclidean distance of each filled picture's features from those of the original.
-        frechet: Fréchet distance of the filled pictures' features from those of the originals.
+        distances: Euclidean distance of each filled picture's features from those of the original; none without an
+            extractor.
+        frechet: Fréchet distance of the filled pictures' features from those of the originals; None without one.
         seams: of each filled picture, as `seam` finds them.
         right: pictures that the classifier assigns to their own class; counts where it knows all classes.
         seconds: that filling took.
@@ -190,7 +191,7 @@ class Row:
     psnrs: list[float] = field(default_factory=list)
     distances: list[float] = field(default_factory=list)
     seams: list[float] = field(default_factory=list)
-    frechet: float = 0.0
+    frechet: float | None = None
     right: int = 0
     seconds: float = 0.0
     shown: list[Pixels] = field(default_factory=list)
@@ -200,9 +201,11 @@ class Row:
         count = len(self.psnrs)
         found: dict[str, Any] = {"mask": self.mask, "fill": self.fill}
         for name, values in (("psnr", self.psnrs), ("distance", self.distances), ("seam", self.seams)):
-            found[name] = float(np.mean(values))
-            found[f"{name}_error"] = float(np.std(values, ddof=1) / math.sqrt(count))
-        found["frechet"] = self.frechet
+            if values:
+                found[name] = float(np.mean(values))
+                found[f"{name}_error"] = float(np.std(values, ddof=1) / math.sqrt(count))
+        if self.frechet is not None:
+            found["frechet"] = self.frechet
         if labelled:
             found |= {"right": self.right, "accuracy": self.right / count}
         return {**found, "seconds": round(self.seconds, 3)}
@@ -258,7 +261,7 @@ class _Judge:
 
 @torch.inference_mode()
 def measure_fills(
-    extractor: Extractor,
+    extractor: Extractor | None,
     held_out: HeldOut,
     fills: Mapping[str, Fill],
     *,
@@ -270,7 +273,8 @@ def measure_fills(
     """Fill every mask of every picture in every way, and judge the results; a bar shows how far it is.
 
     Args:
-        extractor: gives the features; pictures are scaled and centre-cropped to its size as ADM does.
+        extractor: gives the features; pictures are scaled and centre-cropped to its size as ADM does. None measures
+            without features.
         held_out: the pictures.
         fills: by their names.
         masks: of `MASKS`.
@@ -278,7 +282,8 @@ def measure_fills(
         batch_size: pictures that are filled at once; free-form masks go one by one.
         shown: of the first filled pictures that are kept.
     """
-    judge, count = _Judge(extractor, held_out, batch_size), len(held_out.pixels)
+    judge = _Judge(extractor, held_out, batch_size) if extractor else None
+    count = len(held_out.pixels)
     rows, shares, seams = [], {}, {}
     with progress("filling", len(masks) * len(fills) * count) as bar:
         for mask in masks:
@@ -291,7 +296,7 @@ def measure_fills(
             for name, fill in fills.items():
                 bar.note(f"{mask}, {name}")
                 rows.append(_measure(mask, name, fill, held_out, batches, regions, judge, bar.advance, shown))
-    return Report(rows, judge.labelled, judge.right, shares, seams)
+    return Report(rows, bool(judge and judge.labelled), judge.right if judge else 0, shares, seams)
 
 
 def _measure(
@@ -301,7 +306,7 @@ def _measure(
     held_out: HeldOut,
     batches: Sequence[range],
     regions: Sequence[Pixels],
-    judge: _Judge,
+    judge: _Judge | None,
     advance: Callable[[int], None],
     shown: int,
 ) -> Row:
@@ -315,11 +320,13 @@ def _measure(
         filled = np.where(region[None, :, :, None] > 0, drawn, originals)
         row.psnrs += [psnr(a, b, region) for a, b in zip(filled, originals, strict=True)]
         row.seams += [seam(each, region) for each in filled]
-        features, right = judge.look(batch, filled)
-        statistics.add(features)
-        row.distances += (features - judge.features[batch.start : batch.stop]).norm(dim=1).tolist()
-        row.right += right
         row.shown += list(filled[: max(0, shown - batch.start)])
+        if judge:
+            features, right = judge.look(batch, filled)
+            statistics.add(features)
+            row.distances += (features - judge.features[batch.start : batch.stop]).norm(dim=1).tolist()
+            row.right += right
         advance(len(batch))
-    row.frechet = statistics.distance(judge.statistics)
+    if judge:
+        row.frechet = statistics.distance(judge.statistics)
     return row

@@ -173,6 +173,21 @@ def test_a_table_and_a_grid(world: Path, tmp_path: Path) -> None:
         assert image.width == (2 + len(FILLS)) * (128 + 6) - 6 and image.height > 6 * 128
 
 
+def test_what_needs_no_extractor(world: Path) -> None:
+    """PSNR and seams are those that stand beside the features."""
+    flags = ("--checkpoint", world / "var", "--count", 5, "--device", "cpu")
+    result = hmar("eval", "edits", SOURCE, *flags, "--json")
+    assert result.exit_code == 0, result.output
+    found, whole = json.loads(result.stdout), measured(world, "var")
+    assert found["metric"] is None and found["extractor"] is None and "originals_right" not in found
+    for ours, theirs in zip(found["rows"], whole["rows"], strict=True):
+        assert not {"distance", "frechet", "accuracy"} & set(ours)
+        assert {**theirs, **{key: ours[key] for key in ours if key != "seconds"}} == theirs
+    lines = hmar("eval", "edits", SOURCE, *flags).stdout.splitlines()
+    assert lines[0].split() == ["region", "filled", "by", "PSNR", "seam"]
+    assert len(lines) == 1 + 3 * len(FILLS) + 2
+
+
 def test_some_masks_alone(world: Path, tmp_path: Path) -> None:
     every = measured(world, "var")
     one = measured(world, "var", "--masks", "half", "--grid", tmp_path / "grid.png", "--shown", 1)
@@ -189,7 +204,10 @@ def refused(result: Any, line: str) -> None:
     assert hint.startswith("hint: ")
 
 
-def test_what_cannot_be_measured(world: Path) -> None:
+def test_what_cannot_be_measured(world: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        Image.new("RGB", (40, 40)).save(tmp_path / f"{number}.png")
+    refused(measure(world, "var", source=str(tmp_path)), "has pictures without classes")
     refused(measure(world, "var", "--labels", "none", "--cfg", 2), "--cfg guides towards a class")
     refused(measure(world, "mar", "--keep-scales", 1), "has no scales to keep")
     refused(measure(world, "var", "--strength", 0), "--strength 0 would change nothing")
