@@ -68,16 +68,15 @@ def drawn_images(order: "Order", keep: Path | None, device: str) -> Iterator[Sub
     Raises:
         UserError: the checkpoint cannot draw them, or another command is drawing the same images.
     """
-    from accelerate import PartialState
-
     from hmar_cli.console import console
     from hmar_cli.data.samples import RECORD, open_samples
+    from hmar_cli.launch import join_processes, wait_for_processes
     from hmar_cli.sampling.images import Keep, draw_images
 
     model, codec, about = order.load()
     job = order.job()
     about |= job.describe()
-    first = PartialState().is_main_process
+    first = join_processes(device).rank == 0
     with contextlib.ExitStack() as stack:
         out = keep
         if out is None:
@@ -85,7 +84,7 @@ def drawn_images(order: "Order", keep: Path | None, device: str) -> Iterator[Sub
             stack.enter_context(passing_folder(out, first))
         speed = draw_images(model, codec, job, out, device, about, Keep()) or {}
         del model, codec
-        PartialState().wait_for_everyone()
+        wait_for_processes()
         source = open_samples(out)
         record = condensed(read_json(out / RECORD))
         source.name = str(keep or order.checkpoint.folder)
