@@ -49,10 +49,8 @@ def bench_sampling(
     from hmar_cli.benchmarks.run import run_sampling
     from hmar_cli.benchmarks.sampling import load
     from hmar_cli.launch import choose_device
-    from hmar_cli.sampling.images import resolve_precision
 
     place = choose_device(device)
-    resolve_precision(place, precision)
     outcome = run_sampling(
         [load(name, overrides or ()) for name in recipes],
         parse_counts("--batch-sizes", batch_sizes),

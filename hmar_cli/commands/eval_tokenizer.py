@@ -24,8 +24,9 @@ EXAMPLES = """
 Measure how well a tokenizer reconstructs images that it has never seen, and how it uses its codes or latents.
 
 CHECKPOINT is a tokenizer, a model or a cache that carries one; IMAGES is a picture or any other source. Images are
-scaled and centre-cropped to the size at which the tokenizer was trained, to `--size`, or with `--native` left at their
-own sizes, less what the stride does not divide. A multi-scale VQ tokenizer gets scales in proportion to the size.
+scaled and centre-cropped to the size at which the tokenizer was trained, to `--size`, or with `--native` left at
+their own sizes, less what the stride does not divide. A multi-scale VQ tokenizer gets scales in proportion to the
+size.
 
 PSNR (dB), SSIM and L1 (black is -1, white 1) are means over images, with their standard deviation, and with `--lpips`
 LPIPS too; all are of images of 8 bits. With `--extractor`, rFID is the Fréchet distance of the features of

@@ -52,7 +52,7 @@ def test_rows_and_files(tmp_path: Path) -> None:
         (("himar-scenes-tiny",), "himar-scenes-tiny draws no images of classes"),
         (("classifier-tiny",), "classifier-tiny draws no images of classes"),
         (("hmar-tiny", "--batch-sizes", "0"), "expected positive whole numbers"),
-        (("hmar-tiny", "--precision", "fp16"), "no precision 'fp16'"),
+        (("hmar-tiny", "--precision", "fp16"), "'fp16' is not one of 'auto', 'bf16', 'fp32'"),
     ],
 )
 def test_what_cannot_be_measured(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def test_images_of_any_shape(made: Path, tmp_path: Path) -> None:
     assert [row["tokens"] for row in report["about"]["scales"]] == [3 * n for n in (4, 12, 48, 192)]
     with Image.open(tmp_path / "grid.png") as image:
         assert image.size == (3 * 66 - 2, 2 * 66 - 2)  # twice as large, on squares
+    one = found(made / "msvq", next((made / "photos").iterdir()), "--native")
+    assert one["settings"]["images"]["count"] == 1 and one["settings"]["images"]["sizes"].keys() <= {
+        "24x32",
+        "32x24",
+    }
     wide = found(made / "kl", made / "photos", "--size", "32x16", "--crop", "var", "--count", 2)
     assert wide["settings"]["images"]["sizes"] == {"32x16": 2}
     assert set(wide["metrics"]) == {"psnr", "ssim", "l1", "latent_std", "posterior_std"}
