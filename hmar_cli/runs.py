@@ -99,7 +99,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run that is ready to start."""
+    """A run that is ready to start; `skipped` images of its data are known to be unusable."""
 
     recipe: Recipe
     objective: Objective
@@ -107,6 +107,7 @@ class Job:
     images: int
     class_names: tuple[str, ...]
     data: str
+    skipped: int = 0
     fingerprint: Callable[[Weights], str]
     tokenizer: Path | None = None
     licence: str = ""
@@ -281,6 +282,7 @@ def cache_job(recipe: Recipe, cache: Cache, tokenizer: Tokenizer, model: Model, 
         objective=build_objective(recipe, tokenizer, model),
         batches=batches,
         images=manifest.count,
+        skipped=len(manifest.skipped),
         class_names=tuple(manifest.class_names),
         data=str(cache.path),
         fingerprint=lambda weights: manifest.tokenizer_hash,
@@ -293,9 +295,10 @@ def cache_job(recipe: Recipe, cache: Cache, tokenizer: Tokenizer, model: Model, 
 def execute(job: Job, options: Options, start: Checkpoint | None) -> Outcome:
     """Run a job."""
     if options.dry_run:
-        return rehearse(
+        outcome = rehearse(
             job.objective, job.batches, recipe=job.recipe, images=job.images, device=options.device
         )
+        return replace(outcome, data=data_in_words(job))
     out = run_folder(job.recipe, options)
     if options.resume:
         check_same_run(out, start, job)
@@ -316,7 +319,7 @@ def execute(job: Job, options: Options, start: Checkpoint | None) -> Outcome:
             training=(tensors, {**counters, "data": job.data, "images": job.images}),
         )
 
-    return fit(
+    outcome = fit(
         job.objective,
         job.batches,
         recipe=job.recipe,
@@ -328,6 +331,14 @@ def execute(job: Job, options: Options, start: Checkpoint | None) -> Outcome:
         device=options.device,
         wandb=options.wandb,
     )
+    return replace(outcome, data=data_in_words(job))
+
+
+def data_in_words(job: Job) -> str:
+    """How many images and classes a job trains on, such as "476 images of 3 classes (cat, frog, ship)"."""
+    names, skipped = job.class_names, f", {job.skipped:,} more could not be used" if job.skipped else ""
+    classes = f" of {len(names)} classes ({shorten(names)})" if len(names) > 1 else ""
+    return f"{job.images:,} images{classes}{skipped}"
 
 
 # Where a run starts

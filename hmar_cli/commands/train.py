@@ -145,7 +145,7 @@ def plan_lines(outcome: "Outcome", recipe: "Recipe") -> list[str]:
     ]
     epochs = plan.steps / plan.steps_per_epoch
     lines += [
-        f"data: {round(plan.steps_per_epoch * recipe.train.batch_size):,} images an epoch",
+        f"data: {outcome.data}; {round(plan.steps_per_epoch, 2):,.10g} steps an epoch",
         f"length: {plan.steps:,} steps of {recipe.train.batch_size} images, {epochs:.4g} epochs",
         f"processes: {plan.world} on {plan.device}, {plan.precision}; "
         f"{recipe.train.accumulate} micro-batches of {plan.micro_batch} images a step",
@@ -174,6 +174,8 @@ def next_lines(outcome: "Outcome", recipe: "Recipe") -> list[str]:
     lines = [f"checkpoint: {outcome.checkpoint}"]
     if "loss" in outcome.last:
         lines.insert(0, f"step {outcome.step}: {summary(outcome.last)}")
+    if unusable := outcome.last.get("unusable_images"):
+        lines.insert(0, f"{unusable:,} images could not be used, so others took their places")
     if recipe.model is None:
         lines.append(
             f"next: hmar tokenize SOURCE --tokenizer {outcome.checkpoint} --out caches/{recipe.name}"

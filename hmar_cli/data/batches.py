@@ -171,7 +171,8 @@ def image_batches(
         workers: threads that decode images.
 
     Yields:
-        {"image": uint8 (b, 3, H, W), "label": int64 (b,), "index": int64 (b,)}
+        {"image": uint8 (b, 3, H, W), "label": int64 (b,), "index": int64 (b,), "used": int64 (b,)}; the last two
+        differ where another image was taken
 
     Raises:
         UserError: a stream, too few images for a batch, or none that can be used.
@@ -193,7 +194,7 @@ def _image_batches(
             mirrored = np.random.default_rng([seed, epoch, MIRROR]).random(count) < 0.5 * mirror
         scaled = pictures.get(indices)
         batch = np.empty((len(indices), *pictures.transform.size, 3), np.uint8)
-        for i, (index, (picture, _)) in enumerate(zip(indices, scaled, strict=True)):
+        for i, (index, (picture, *_)) in enumerate(zip(indices, scaled, strict=True)):
             batch[i] = pictures.transform.window(picture, places[index, 0], places[index, 1])
         flip = np.flatnonzero(mirrored[indices])
         batch[flip] = batch[flip][:, :, ::-1]
@@ -201,9 +202,14 @@ def _image_batches(
             # b H W 3 -> b 3 H W by numpy: torch would start a second team of OpenMP threads here, and two
             # teams on the same cores slow each other (and training on a CPU) down by half
             "image": torch.from_numpy(np.ascontiguousarray(batch.transpose(0, 3, 1, 2))),
-            "label": torch.tensor([label for _, label in scaled]),
+            "label": torch.tensor([label for _, label, _ in scaled]),
             "index": torch.from_numpy(indices.copy()),
+            "used": torch.tensor([used for _, _, used in scaled]),
         }
+
+
+_Picture = tuple[Pixels, int, int]
+"""A scaled image, its label and its index."""
 
 
 class _Pictures:
@@ -213,12 +219,12 @@ class _Pictures:
         self.source, self.count = source, len(source)
         self.transform = image_transform(size, crop, train=True)
         self._pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="hmar-decode")
-        self._kept: dict[int, tuple[Pixels, int]] = {}
+        self._kept: dict[int, _Picture] = {}
         self._room = KEEP
         self._warned = False
 
-    def get(self, indices: Indices) -> list[tuple[Pixels, int]]:
-        """Return the scaled pictures and labels of `indices`."""
+    def get(self, indices: Indices) -> list[_Picture]:
+        """Return the scaled pictures of `indices`, or what takes their places."""
         missing = [index for index in indices.tolist() if index not in self._kept]
         fresh = dict(zip(missing, self._pool.map(self._scaled, self.source.pick(missing)), strict=True))
         for index, picture in fresh.items():
@@ -227,13 +233,13 @@ class _Pictures:
                 self._kept[index] = picture
         return [fresh.get(index) or self._kept[index] for index in indices.tolist()]
 
-    def _scaled(self, decode: Callable[[], Example]) -> tuple[Pixels, int]:
+    def _scaled(self, decode: Callable[[], Example]) -> _Picture:
         """Decode an image and scale it; where it cannot be used, the next one that can."""
         example = decode()
         start = example.index
         for place in itertools.chain(range(start + 1, self.count), range(start + 1)):
             if example.image is not None:
-                return self.transform.resized(example.image), example.label
+                return self.transform.resized(example.image), example.label, example.index
             self._warn(example)
             example = self.source[place]
         raise UserError(f"no image of {self.source.name} could be used")
@@ -243,6 +249,6 @@ class _Pictures:
             self._warned = True
             console.print(
                 f"[yellow]warning:[/] image {example.index} of {self.source.name} cannot be used, so the next "
-                f"one takes its place; others are replaced without a word ({example.error})",
+                f"one takes its place; others are replaced alike, and counted ({example.error})",
                 highlight=False,
             )

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from hmar_cli.checkpoints.store import Checkpoint, clean, list_steps, prune, step_folder
 from hmar_cli.console import console, progress
 from hmar_cli.data.ahead import prefetch
+from hmar_cli.data.sharing import gather
 from hmar_cli.errors import UserError
 from hmar_cli.files import atomic_file
 from hmar_cli.launch import choose_device
@@ -99,6 +100,7 @@ class Outcome:
         plan: the run's size.
         main: whether this is the process that reports.
         peak_memory_bytes: largest memory of a GPU, 0 on a CPU.
+        data: what was trained on, in words.
     """
 
     checkpoint: Path | None
@@ -108,6 +110,7 @@ class Outcome:
     plan: Plan
     main: bool
     peak_memory_bytes: int = 0
+    data: str = ""
 
 
 class Due(NamedTuple):
@@ -237,6 +240,7 @@ class Trainer:
         self.ema = Ema(self.model, recipe.train.ema) if recipe.train.ema else None
         self.means, self.norms = Means(), Means()
         self.recent: list[tuple[int, Tensor]] = []  # source indices of each step since the last log
+        self.unusable: set[int] = set()  # source indices of images that others took the places of
         self.interrupt = Interrupt(self.world > 1)
         self.noted: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()  # see `_stop`
         lines = objective.prepare(self.plan.micro_batch, torch.bfloat16 if self.bf16 else torch.float32)
@@ -274,7 +278,9 @@ class Trainer:
         for micro in range(train.accumulate):
             batch = next(stream)
             if "index" in batch:
-                self.recent.append((self.step, batch.pop("index")))
+                index = batch.pop("index")
+                self.recent.append((self.step, index))
+                self.unusable.update(index[index != batch.pop("used", index)].tolist())
             self.objective.shared = seed_step(train.seed, self.step, micro, self.rank)
             loss, metrics = self.gradients(batch, last=micro == train.accumulate - 1)
             self.means.add({"loss": loss, **metrics})
@@ -457,6 +463,9 @@ class Trainer:
         if self.device.type == "cuda":
             row["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         self.recent.clear()
+        self.unusable = set().union(*gather(self.unusable))
+        if self.unusable:
+            row["unusable_images"] = len(self.unusable)
         row["images_per_second"] = round(images / max(seconds, 1e-9), 2)
         return row
 
@@ -496,6 +505,7 @@ class Trainer:
             "step": self.step,
             "steps": self.plan.steps,
             "ema_updates": self.ema.updates if self.ema else 0,
+            "unusable": sorted(self.unusable),
         }
         for name, means in (("means", self.means), ("norms", self.norms)):
             tensors |= {f"{name}.{key}": tensor for key, tensor in means.reduced(self._mean).items()}
@@ -528,6 +538,7 @@ class Trainer:
             self.optimizer.load(parts.get("optimizer", {}))
             self.means.load(parts.get("means", {}), counters["means"], self.device)
             self.norms.load(parts.get("norms", {}), counters["norms"], self.device)
+            self.unusable = set(counters.get("unusable", ()))
             self.step, self.saved = int(counters["step"]), checkpoint.folder
         except (KeyError, RuntimeError) as error:
             message = f"{checkpoint.folder} does not fit this recipe: {error}"

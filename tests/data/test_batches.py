@@ -211,6 +211,8 @@ def test_unusable_images_are_replaced_with_one_warning(
     (batch,) = take(image_batches(source, **settings), 1)
     by_index = dict(zip(batch["index"].tolist(), batch["label"].tolist(), strict=True))
     assert by_index == {0: 1, 1: 1, 2: 2, 3: 3, 4: 1, 5: 1}
+    used = dict(zip(batch["index"].tolist(), batch["used"].tolist(), strict=True))
+    assert used == {0: 1, 1: 1, 2: 2, 3: 3, 4: 1, 5: 1}  # labels are the numbers of the images
     warning = capsys.readouterr().err
     assert warning.count("warning:") == 1 and "no label" in warning
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from toy_runs import make_cache
 from typer.testing import CliRunner
 
@@ -78,6 +79,17 @@ def test_dry_run_shows_the_plan_and_writes_nothing(toys, cache, tmp_path, monkey
     plan = json.loads(result.stdout)["plan"]
     assert plan["steps"] == 2 and plan["micro_batch"] == 4 and plan["parameters"]["model"] > 1000
     assert "parameters" in result.stderr and "one step: loss" in result.stderr
+    names = json.loads((cache / "manifest.json").read_text())["class_names"]
+    classes = f"{len(names)} classes ({', '.join(names[:3])}, …)"
+    assert f"data: 30 images of {classes}; 3.5 steps an epoch\n" in result.stderr  # of two halves each
+    smaller = ("--set", "train.batch_size=2", "--set", "train.accumulate=1", "--dry-run")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["skipped"] = [{"index": 30, "reason": "broken"}]
+    shutil.copytree(cache, tmp_path / "cache")
+    (tmp_path / "cache" / "manifest.json").write_text(json.dumps(manifest))
+    result = train(toys, "--data", tmp_path / "cache", *smaller)
+    assert f"{classes}, 1 more could not be used; 15 steps an epoch\n" in result.stderr
+    shutil.rmtree(tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -332,6 +344,24 @@ def test_finetuning_keeps_the_licence_of_its_base(toys, cache, base, tmp_path):
     assert open_checkpoint(tmp_path / "m").licence == "non-commercial"
     assert train(toys, "--data", cache, "--init", tmp_path / "m", "--out", tmp_path / "i").exit_code == 0
     assert open_checkpoint(tmp_path / "i").licence == "non-commercial"
+
+
+def test_images_that_cannot_be_used_are_counted(toys, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(9):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(folder / f"{number}.png")
+    for number in (3, 7):
+        (folder / f"{number}.png").write_bytes(b"no picture")
+    run = ("train", "--recipe", toys / "toy-msvq.toml", "--device", "cpu", "--data", folder)
+    result = hmar(*run, "--set", "train.save_every=3", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "\n2 images could not be used, so others took their places\n" in result.stderr
+    counts = [row["unusable_images"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert counts == sorted(counts) and counts[-1] == 2
+    shutil.rmtree(step_folder(tmp_path / "run", 4))
+    assert hmar(*run, "--set", "train.save_every=3", "--out", tmp_path / "run", "--resume").exit_code == 0
+    assert [row["unusable_images"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == counts
 
 
 def test_a_tokenizer_is_trained_and_resumed_exactly(toys, tmp_path):
