@@ -6,9 +6,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
-
-import typer
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from hmar_cli.errors import UserError
 
@@ -87,7 +85,7 @@ def without_launch(arguments: list[str]) -> list[str]:
 
 
 def delegate(processes: int, device: str = "") -> None:
-    """Run this same command in several processes and leave with their exit code; with one, just return.
+    """Run this same command in several processes and end with their exit code; with one, just return.
 
     On GPUs this is `accelerate launch --multi_gpu`. On CPUs Accelerate's launcher starts a single process, so
     there it is the elastic launcher of PyTorch, which Accelerate uses itself.
@@ -98,7 +96,6 @@ def delegate(processes: int, device: str = "") -> None:
 
     Raises:
         UserError: more processes than GPUs, or a device that is not there.
-        typer.Exit: always, once the processes have ended.
     """
     if processes <= 1:
         return
@@ -107,7 +104,17 @@ def delegate(processes: int, device: str = "") -> None:
     gpus, on_cpu = torch.cuda.device_count(), choose_device(device).type == "cpu"
     if not on_cpu and processes > gpus:
         raise UserError(f"--launch {processes}: only {gpus} GPUs are visible", f"use --launch {gpus}")
-    raise typer.Exit(_launch(processes, on_cpu, ["-m", "hmar_cli", *without_launch(sys.argv[1:])]))
+    end(_launch(processes, on_cpu, ["-m", "hmar_cli", *without_launch(sys.argv[1:])]))
+
+
+def end(code: int) -> NoReturn:
+    """End this process, which has only waited for others.
+
+    Not through Python's shutdown: a thread of PyTorch's launcher that is still at work then aborts it now and then.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Place(NamedTuple):

@@ -48,6 +48,7 @@ def told_to_end(out: Path, how: str) -> tuple[int, int, list[list[int]]]:
     """Exit code, seconds that the launcher waits, and of each process that came to its end its step and signal."""
     done = run_python(Path(__file__).with_name("told_to_end.py"), out, how)
     ends = [json.loads(path.read_text()) for path in sorted(out.glob("rank-*.json"))]
+    print(done.stderr)  # shown where a test fails
     return done.returncode, int((out / "seconds").read_text()), ends
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import toys
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-from hmar_cli.launch import _launch
+from hmar_cli.launch import _launch, end
 from hmar_cli.training.trainer import fit
 
 out, how = Path(sys.argv[1]), sys.argv[2]
@@ -60,4 +60,4 @@ def launch() -> int:
 if "RANK" in os.environ:
     train(int(os.environ["RANK"]))
 else:
-    sys.exit(launch())
+    end(launch())
