@@ -1,1 +1,1 @@
-"""Speed: attention kernels and whole training steps, each checked before it is timed."""
+"""Speed: attention and whole training steps, checked before they are timed, and sampling."""

@@ -1,1 +1,1 @@
-"""Checkpoints: the format of this project, and readers of published ones."""
+"""Checkpoints: the format of this project, and readers and writers of published ones."""
