@@ -154,13 +154,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 @contextlib.contextmanager
-def logits_by_tensor_cores(precision: str) -> Iterator[None]:
-    """Let float32 products be of TF32, as in training, unless `precision` is "fp32".
+def logits_by_tensor_cores(device: torch.device, precision: str) -> Iterator[None]:
+    """Let float32 products be of TF32, as in training, where `resolve_precision` says "bf16".
 
     Not for diffusion heads, whose first step multiplies their error with some hundreds.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(before if precision == "fp32" else "high")
+    torch.set_float32_matmul_precision("high" if resolve_precision(device, precision) == "bf16" else before)
     try:
         yield
     finally:
@@ -228,7 +228,8 @@ class Sampler:
         assert isinstance(model, NextScaleTransformer) and isinstance(settings, NextScaleSample)
         assert isinstance(tokenizer, MultiScaleVQ)
         noise = PhiloxNoise(self.job.seed, indices, next_scale.draw_counts(settings, model.scales))
-        with autocast(self.device, self.job.precision), logits_by_tensor_cores(self.job.precision):
+        place = self.device, self.job.precision
+        with autocast(*place), logits_by_tensor_cores(*place):
             tokens, f_hat, finite = next_scale.draw_next_scale(
                 model, tokenizer.quantizer, labels, settings, noise
             )

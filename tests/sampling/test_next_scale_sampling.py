@@ -3,6 +3,7 @@ import torch
 
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales, split_passes
+from hmar_cli.sampling.images import logits_by_tensor_cores
 from hmar_cli.sampling.next_scale import filter_logits, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import NextScaleSample
@@ -134,3 +135,13 @@ def test_refusals() -> None:
 def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
     logits = torch.randn(2, 8)
     assert torch.equal(filter_logits(logits, 100, 0.0), logits)
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside"), [("auto", "highest"), ("fp32", "highest"), ("bf16", "high")]
+)
+def test_float32_stays_float32_but_under_bf16(precision: str, inside: str) -> None:
+    """On a CPU "auto" is float32; afterwards all is as before."""
+    with logits_by_tensor_cores(torch.device("cpu"), precision):
+        assert torch.get_float32_matmul_precision() == inside
+    assert torch.get_float32_matmul_precision() == "highest"
