@@ -122,7 +122,9 @@ def conclude(outcome: "Outcome", recipe: "Recipe", as_json: bool, dry_run: bool)
     import json
 
     from hmar_cli.console import console
+    from hmar_cli.launch import leave_processes
 
+    leave_processes()  # while all is well: threads that Python's shutdown meets can abort it
     if outcome.main:
         if dry_run:
             for line in plan_lines(outcome, recipe):
