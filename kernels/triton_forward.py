@@ -5,7 +5,7 @@ queries with all the keys that any of them sees. Scores are in units of log 2, s
 
 Blocks that all queries of a tile see come last, and with the maximum of what came before in place of a running one:
 nothing is rescaled then. A float has room for scores far above it; a tile whose sums have left that room is computed
-again, with a running maximum throughout.
+again, with a running maximum throughout. Normalised scores have a bound, so that none needs a maximum.
 
 Letters: B batch, L keys, N queries, H heads, D head size, M queries of a tile, J keys of a block.
 """
@@ -212,6 +212,7 @@ def forward_kernel(
     """
     LOWEST: tl.constexpr = -1e30  # stands for the maximum of no score at all: no infinity minus infinity
     LARGEST: tl.constexpr = 2.0**64  # sum relative to an early maximum that leaves room for sums of values
+    SMALLEST: tl.constexpr = 2.0**-80  # sum relative to a bound of which no large part was lost below
     tile = tiles + tl.program_id(0) % count * 6
     sample = tl.program_id(0) // count
     b, h = sample // heads, sample % heads
@@ -230,11 +231,26 @@ def forward_kernel(
         q_tile = (q_tile.to(tl.float32) * (inverse_norm(q_tile) * temperature)[:, None]).to(q_tile.dtype)
         factor = 1.0
     start, end, whole, whole_end = tile_columns(tile, BLOCK)
-    whole = tl.minimum(whole + BLOCK, whole_end)  # the first gives every row a maximum to start with
     acc = tl.zeros([M, WIDTH], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.zeros([M], tl.float32)
     again = 1
+    if NORMALIZE and STEADY:  # weights relative to `top` are at most 2^64
+        top += tl.maximum(tl.abs(temperature) - 64.0, 0.0)
+        acc, total, top = _attend(
+            acc, total, top, q_tile, k_rows, k_stride, v_rows, v_stride, column, norms, norms_start, low, high,
+            factor, keys, start, end - (whole_end - whole), whole, whole_end,
+            D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, True, True, STAGES,
+        )  # fmt: skip
+        acc, total, top = _attend(
+            acc, total, top, q_tile, k_rows, k_stride, v_rows, v_stride, column, norms, norms_start, low, high,
+            factor, keys, whole, whole_end, whole, whole_end,
+            D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, False, True, STAGES,
+        )  # fmt: skip
+        again = tl.where(tl.min(tl.where(rows < last, total, 1.0), 0) < SMALLEST, 1, 0)
+        whole = whole_end
+    else:
+        whole = tl.minimum(whole + BLOCK, whole_end)  # the first gives every row a maximum to start with
     while again > 0:
         acc = tl.zeros([M, WIDTH], tl.float32)
         total = tl.zeros([M], tl.float32)
@@ -244,11 +260,12 @@ def forward_kernel(
             factor, keys, start, end - (whole_end - whole), whole, whole_end,
             D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, True, False, STAGES,
         )  # fmt: skip
-        acc, total, top = _attend(
-            acc, total, top, q_tile, k_rows, k_stride, v_rows, v_stride, column, norms, norms_start, low, high,
-            factor, keys, whole, whole_end, whole, whole_end,
-            D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, False, STEADY, STAGES,
-        )  # fmt: skip
+        if not (NORMALIZE and STEADY):
+            acc, total, top = _attend(
+                acc, total, top, q_tile, k_rows, k_stride, v_rows, v_stride, column, norms, norms_start, low, high,
+                factor, keys, whole, whole_end, whole, whole_end,
+                D, WIDTH, BLOCK, NORMALIZE, INLINE, BULK, False, STEADY, STAGES,
+            )  # fmt: skip
         again = tl.where((tl.max(total, 0) > LARGEST) & (whole < whole_end), 1, 0)
         whole = whole_end
     total = tl.where(rows < last, total, 1.0)
