@@ -12,13 +12,13 @@ from hmar_cli.commands.train import Set
 EXAMPLES = """
 Measure how long batches of images take, from labels to pixels, with random weights of a recipe's model.
 
-Plain and with `--compile` of `hmar sample`, side by side; the recipe's settings of the sampler hold, and `--set`
+Without and with `--compile` of `hmar sample`, side by side; the recipe's settings of the sampler hold, and `--set`
 changes them. Results go into a folder as they come; Ctrl-C ends it with what was measured.
 
 **Examples**
 
 - `hmar bench-sampling hmar-d16-masked var-d16`
-- `hmar bench-sampling hmar-d30-masked --batch-sizes 1,8,64 --plain`
+- `hmar bench-sampling hmar-d30-masked --batch-sizes 1,8,64 --compile`
 - `hmar bench-sampling himar-b mar-b --batch-sizes 128 --seconds 0`
 - `hmar bench-sampling hmar-tiny --device cpu --set sample.cfg=0 --json`
 """
@@ -34,8 +34,9 @@ def bench_sampling(
         list[str], typer.Argument(help="Recipes of models that draw classes.", show_default=False)
     ],
     batch_sizes: Annotated[str, typer.Option(help="Images at once, one number or several.")] = "1,8,64",
-    plain: Annotated[bool, typer.Option("--plain", help="Without compilation alone.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="With compilation alone.")] = False,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="One of them alone. [default: both]")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="About how long to time each.")] = 2.0,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench-sampling"),
     overrides: Set = None,
@@ -56,7 +57,7 @@ def bench_sampling(
         parse_counts("--batch-sizes", batch_sizes),
         device=place,
         precision=precision,
-        compiled=[False] if plain and not compiled else [True] if compiled and not plain else [False, True],
+        compiled=[False, True] if compiled is None else [compiled],
         seconds=seconds,
         seed=seed,
         out=out,

@@ -166,13 +166,13 @@ class Drawing(Loading):
     """The same for many images."""
 
     compile: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--compile",
-            help="Compile the heads of MAR and Hi-MAR; VAR's and HMAR's batches become CUDA graphs. On a GPU, for "
-            "some hundred images or more.",
+            "--compile/--no-compile",
+            help="Compile the heads of MAR and Hi-MAR, worth it for some hundred images or more; let batches of VAR "
+            "and HMAR be CUDA graphs. [default: VAR and HMAR, on a GPU]",
         ),
-    ] = False
+    ] = None
 
 
 def parse_labels(text: str, class_names: tuple[str, ...]) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmar_cli.console import console, progress
 from hmar_cli.errors import UserError
@@ -96,7 +96,9 @@ class Prompts:
 class Job:
     """A set of images to draw: image i has condition i (modulo their number) and the noise of (seed, i).
 
-    Where `compile`, heads of MAR and Hi-MAR are compiled, and batches of VAR and HMAR are CUDA graphs on a GPU.
+    Attributes:
+        compile: whether heads of MAR and Hi-MAR are compiled, and batches of VAR and HMAR are CUDA graphs on a GPU;
+            None leaves it to `compiles`.
     """
 
     settings: NextScaleSample | MaskedArSample
@@ -105,7 +107,12 @@ class Job:
     seed: int
     batch_size: int
     precision: str = "auto"
-    compile: bool = False
+    compile: bool | None = None
+
+    def compiles(self, model: nn.Module, device: torch.device) -> bool:
+        """Whether it does; where that is left open, VAR and HMAR do: recording takes a batch or two."""
+        masks = isinstance(model, MaskedTransformer)
+        return (masks or device.type == "cuda") and (not masks if self.compile is None else self.compile)
 
     def describe(self) -> dict[str, Any]:
         """Every setting that the images depend on, but for precision and compilation, which the device decides."""
@@ -194,10 +201,11 @@ class Sampler:
         self.paint: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = (
             self._paint_masked if masks else self._paint_next_scale
         )
-        if job.compile and isinstance(model, MaskedTransformer):
-            masked.compile_heads(model)
-        elif job.compile and device.type == "cuda":
-            self.paint = Replay(self.paint)
+        if job.compiles(model, device):
+            if isinstance(model, MaskedTransformer):
+                masked.compile_heads(model)
+            else:
+                self.paint = Replay(self.paint)
 
     @torch.inference_mode()
     def __call__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
@@ -330,7 +338,10 @@ def draw_images(
         if place.rank == 0:
             console.print(f"attention: {attention} ({reason})", highlight=False)
     if place.rank == 0:
-        write_json(out / "sample.json", {**record, "made_with": _made_with(place, job, attention)})
+        write_json(
+            out / "sample.json",
+            {**record, "made_with": _made_with(place, job, attention, job.compiles(model, place.device))},
+        )
     wait_for_processes()
     start = time.perf_counter()
     times = _draw_share(Sampler(model, tokenizer, job, place.device), out, place, keep)
@@ -465,7 +476,7 @@ def _require_same_job(out: Path, record: dict[str, Any]) -> int | None:
     return found.get("count")
 
 
-def _made_with(place: Place, job: Job, attention: str) -> dict[str, Any]:
+def _made_with(place: Place, job: Job, attention: str, compiled: bool) -> dict[str, Any]:
     """What images should not depend on, for the record."""
     device = place.device
     return {
@@ -473,7 +484,7 @@ def _made_with(place: Place, job: Job, attention: str) -> dict[str, Any]:
         "processes": place.world,
         "batch_size": job.batch_size,
         "attention": attention,
-        "compiled": job.compile,
+        "compiled": compiled,
         "torch": str(torch.__version__),
     }
 

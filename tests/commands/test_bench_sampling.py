@@ -20,7 +20,7 @@ def run(*arguments: str) -> list[dict]:
 def test_rows_and_files(tmp_path: Path) -> None:
     """Refined VAR-like drawing, and both phases of Hi-MAR with few steps."""
     small = ("--set", "sample.steps=2")
-    rows = run("hmar-tiny-masked", "--batch-sizes", "1,2", "--plain", "--out", str(tmp_path))
+    rows = run("hmar-tiny-masked", "--batch-sizes", "1,2", "--no-compile", "--out", str(tmp_path))
     steps = (
         "--set",
         "sample.pivot_steps=2",
@@ -30,7 +30,7 @@ def test_rows_and_files(tmp_path: Path) -> None:
         "sample.pivot_head_steps=2",
     )
     rows += run(
-        "himar-tiny", "--batch-sizes", "1", "--plain", *small, *steps, "--out", str(tmp_path / "second")
+        "himar-tiny", "--batch-sizes", "1", "--no-compile", *small, *steps, "--out", str(tmp_path / "second")
     )
     assert [(row["recipe"], row["batch"], row["compiled"]) for row in rows] == [
         ("hmar-tiny-masked", 1, False),

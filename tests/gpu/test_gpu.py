@@ -7,7 +7,7 @@ import torch
 
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
-from hmar_cli.sampling.images import Job, Labels, Sampler, autocast
+from hmar_cli.sampling.images import Job, Labels, Sampler, autocast, select_attention
 from hmar_cli.sampling.next_scale import draw_counts, draw_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import NextScaleSample
@@ -23,9 +23,11 @@ def test_noise_is_that_of_the_cpu() -> None:
         assert torch.equal(PhiloxNoise(2**40 + 3, images.cuda()).uniform(step, 64).cpu(), on_cpu)
 
 
-def make(pattern: str) -> tuple[NextScaleTransformer, MultiScaleVQ, NextScaleSample]:
+def make(pattern: str, attention: str = "auto") -> tuple[NextScaleTransformer, MultiScaleVQ, NextScaleSample]:
     scales = Scales.of([1, 2, 3, 4])
-    tokenizer = MultiScaleVQ(channels=32, multipliers=(1, 2), z_channels=8, vocab_size=64, scales=scales)
+    tokenizer = MultiScaleVQ(
+        channels=32, multipliers=(1, 2), res_blocks=1, z_channels=8, vocab_size=64, scales=scales
+    )
     model = NextScaleTransformer(
         scales=scales,
         z_channels=8,
@@ -35,6 +37,7 @@ def make(pattern: str) -> tuple[NextScaleTransformer, MultiScaleVQ, NextScaleSam
         width=64,
         heads=2,
         pattern=pattern,  # type: ignore[arg-type]
+        attention=attention,
         masked_layers=1,
     )
     schedule = ((1,), (2, 2), (3, 6), (4, 4, 8)) if pattern == "diagonal" else ()
@@ -60,16 +63,18 @@ def test_sampling_never_waits_for_the_device(pattern: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("attention", ["triton", "sdpa", "masked"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("pattern", ["causal", "diagonal"])
-def test_recorded_batches_are_plain_ones(pattern: str, precision: str) -> None:
+def test_recorded_batches_are_plain_ones(pattern: str, precision: str, attention: str) -> None:
     """The first is drawn, the second recorded, the third replayed, the last one filled up."""
-    model, tokenizer, settings = make(pattern)
+    model, tokenizer, settings = make(pattern, attention)
     job = Job(
         settings=settings, conditions=Labels((0, 1, 2)), count=18, seed=3, batch_size=5, precision=precision
     )
-    plain = Sampler(model, tokenizer, job, torch.device("cuda"))
-    recorded = Sampler(model, tokenizer, replace(job, compile=True), torch.device("cuda"))
+    select_attention(model, job, precision)
+    plain = Sampler(model, tokenizer, replace(job, compile=False), torch.device("cuda"))
+    recorded = Sampler(model, tokenizer, job, torch.device("cuda"))
     for batch in (range(5), range(5, 10), range(10, 15), range(15, 18)):
         expected = plain(batch)[0]
         found = recorded(batch)[0]

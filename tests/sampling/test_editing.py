@@ -166,6 +166,17 @@ def of_the_picture(family: Family, images: Tensor) -> Tensor:
 # Limits
 
 
+@pytest.mark.parametrize("name", [NEXT_SCALE[0], MASKED[0]])
+def test_what_is_compiled_where_it_is_left_open(name: str) -> None:
+    """Batches of VAR and HMAR are recorded on a GPU; heads of MAR and Hi-MAR are compiled on request, anywhere."""
+    family, gpu = make(name), torch.device("cuda")
+    job = Job(settings=family.settings, conditions=family.conditions, count=1, seed=0, batch_size=1)
+    heads = name in MASKED
+    assert [job.compiles(family.model, place) for place in (gpu, CPU)] == [not heads, False]
+    assert [replace(job, compile=True).compiles(family.model, place) for place in (gpu, CPU)] == [True, heads]
+    assert not replace(job, compile=False).compiles(family.model, gpu)
+
+
 @pytest.mark.parametrize("name", NEXT_SCALE + MASKED + TEXT)
 def test_a_full_region_is_plain_sampling(name: str) -> None:
     family, indices = make(name), [4, 0, 9]
