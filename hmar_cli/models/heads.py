@@ -106,7 +106,7 @@ class DiffusionHead(nn.Module):
 
     learned_variance: bool  # whether the variance is predicted too
     global_context: bool  # whether a token sees the others
-    graphed = False  # whether calls replay CUDA graphs
+    fast: "tuple[DiffusionHead] | None" = None  # what samples instead: compiled, no submodule
 
     def __init__(
         self, channels: int, cond_width: int, width: int, out_channels: int, blocks: list[nn.Module]

@@ -203,7 +203,7 @@ class Sampler:
         )
         if job.compiles(model, device):
             if isinstance(model, MaskedTransformer):
-                masked.compile_heads(model)
+                masked.compile_heads(model, half=resolve_precision(device, job.precision) == "bf16")
             else:
                 self.paint = Replay(self.paint)
 

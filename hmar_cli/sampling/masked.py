@@ -4,13 +4,14 @@ Letters: B images, G context tokens, S pivots, N dense tokens, n tokens of a pha
 channels, D width of the transformer.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmar_cli.models.diffusion import Diffusion, Predict, ancestral, multistep, process_for
 from hmar_cli.models.heads import DiffusionHead
@@ -270,16 +271,24 @@ class _Phase:
         return multistep(predict, initial, self.process, 1 if settings.head_sampler == "ddim" else 2, impose)
 
 
-def compile_heads(model: MaskedTransformer) -> None:
-    """Compile the diffusion heads and let them replay CUDA graphs: they are called thousands of times an image.
+def compile_heads(model: MaskedTransformer, half: bool) -> None:
+    """Let compiled copies of the diffusion heads draw, which replay CUDA graphs: they are called thousands of times.
 
     Each number of tokens that a step draws is compiled for itself.
+
+    Args:
+        model: on its device.
+        half: keep the copies' weights in bfloat16, under autocast: it would convert them anew in every call.
     """
     torch._dynamo.config.recompile_limit = 64
     for head in (model.pivot_head, model.dense_head):
-        if head is not None and not head.graphed:
-            head.compile(mode="reduce-overhead", dynamic=False)
-            head.graphed = True
+        if head is not None and head.fast is None:
+            fast = copy.deepcopy(head).requires_grad_(False)
+            for layer in fast.modules():
+                if half and isinstance(layer, nn.Linear):
+                    layer.to(torch.bfloat16)
+            fast.compile(mode="reduce-overhead", dynamic=False)
+            head.fast = (fast,)
 
 
 def _guided(head: DiffusionHead, z: Tensor, batch: int, w: float, exact: int | None) -> Predict:
@@ -294,10 +303,11 @@ def _guided(head: DiffusionHead, z: Tensor, batch: int, w: float, exact: int | N
         times = torch.full((1, 1), t, device=x.device)
         if t == exact:
             with torch.autocast(x.device.type, enabled=False):
-                noise, value = head.forward(x.repeat(halves, 1, 1), times, z.float())  # not what was compiled
+                noise, value = head(x.repeat(halves, 1, 1), times, z.float())
+        elif head.fast is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # the last call's outputs may be overwritten
+            noise, value = head.fast[0](x.repeat(halves, 1, 1), times, z)
         else:
-            if head.graphed:
-                torch.compiler.cudagraph_mark_step_begin()  # the last call's outputs may be overwritten
             noise, value = head(x.repeat(halves, 1, 1), times, z)
         if halves == 1:
             return noise, value

@@ -119,9 +119,24 @@ def test_sampling_never_waits_for_the_device(pivots: str, head_sampler: str) -> 
 def test_compiled_heads_draw_the_same(pivots: str) -> None:
     model, labels, images = built(pivots).cuda(), torch.arange(4).cuda(), torch.arange(4).cuda()
     plain = sample_masked(model, labels, SETTINGS, PhiloxNoise(3, images)).latents
-    compile_heads(model)
+    compile_heads(model, half=False)
     compiled = sample_masked(model, labels, SETTINGS, PhiloxNoise(3, images)).latents
     assert ((compiled - plain).abs().max() / plain.abs().max()).item() < 1e-3
+
+
+@pytest.mark.parametrize("pivots", ["none", "conditional"])
+def test_compiled_heads_in_half_precision(pivots: str) -> None:
+    """As far from float32 as plain ones under autocast, at most twice."""
+    model, labels, images = built(pivots).cuda(), torch.arange(4).cuda(), torch.arange(4).cuda()
+
+    def draw(precision: str) -> torch.Tensor:
+        with autocast(torch.device("cuda"), precision):
+            return sample_masked(model, labels, SETTINGS, PhiloxNoise(3, images)).latents
+
+    exact, plain = draw("fp32"), draw("bf16")
+    compile_heads(model, half=True)
+    assert model.dense_head.input.weight.dtype == torch.float32
+    assert (draw("bf16") - exact).norm() <= 2 * (plain - exact).norm()
 
 
 def test_bf16_is_close_to_fp32() -> None:
