@@ -236,10 +236,11 @@ class Sampler:
         assert isinstance(model, NextScaleTransformer) and isinstance(settings, NextScaleSample)
         assert isinstance(tokenizer, MultiScaleVQ)
         noise = PhiloxNoise(self.job.seed, indices, next_scale.draw_counts(settings, model.scales))
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
         place = self.device, self.job.precision
         with autocast(*place), logits_by_tensor_cores(*place):
-            tokens, f_hat, finite = next_scale.draw_next_scale(
-                model, tokenizer.quantizer, labels, settings, noise
+            tokens, f_hat = next_scale.sample_next_scale(
+                model, tokenizer.quantizer, labels, settings, noise, finite=finite
             )
             if self.device.type == "cuda":
                 return finite, tokenizer.decode(f_hat)

@@ -93,6 +93,7 @@ def draw_counts(settings: NextScaleSample, scales: Scales) -> list[int]:
     return [n for n, passes in zip(scales.lengths, schedule, strict=True) for _ in passes]
 
 
+@torch.inference_mode()
 def sample_next_scale(
     model: NextScaleTransformer,
     quantizer: ScaleQuantizer,
@@ -102,6 +103,7 @@ def sample_next_scale(
     *,
     trace: Trace | None = None,
     kept: KeptTokens | None = None,
+    finite: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw the token pyramids of a batch of images (VAR, section 3.1; HMAR, multi-step masked prediction).
 
@@ -113,6 +115,8 @@ def sample_next_scale(
         noise: source of the draws.
         trace: receives intermediate tensors.
         kept: what is known of the images; by default nothing.
+        finite: [] bool on the labels' device, set to False where logits are not finite, in place of an error: with
+            it, the call never waits for the device.
 
     Returns:
         tokens [B, L] int64 and the feature map [B, Z, H, W] that the tokenizer decodes.
@@ -121,33 +125,12 @@ def sample_next_scale(
         ValueError: a schedule that doesn't fit the scales, or that refines without a masked branch.
         FloatingPointError: logits that are not finite.
     """
-    tokens, f_hat, finite = draw_next_scale(model, quantizer, labels, settings, noise, trace=trace, kept=kept)
-    if not finite:
-        raise FloatingPointError("the model's logits are not finite")
-    return tokens, f_hat
-
-
-@torch.inference_mode()
-def draw_next_scale(
-    model: NextScaleTransformer,
-    quantizer: ScaleQuantizer,
-    labels: Tensor,
-    settings: NextScaleSample,
-    noise: Noise,
-    *,
-    trace: Trace | None = None,
-    kept: KeptTokens | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`sample_next_scale` that never waits for the device: whether all logits are finite is its third result.
-
-    Raises:
-        ValueError: a schedule that doesn't fit the scales, or that refines without a masked branch.
-    """
     scales = model.scales
     schedule = check_schedule(settings.schedule or [[n] for n in scales.lengths], scales)
     if model.masked is None and any(len(passes) > 1 for passes in schedule):
         raise ValueError("expected a model with a masked branch for a schedule that refines")
-    run = _Run(model, quantizer, labels, settings, noise, trace or (lambda name, tensor: None), kept)
+    judged = torch.ones((), dtype=torch.bool, device=labels.device) if finite is None else finite
+    run = _Run(model, quantizer, labels, settings, noise, trace or (lambda name, tensor: None), kept, judged)
     tokens: list[Tensor] = []
     f_hat = inputs = None
     for k, passes in enumerate(schedule):
@@ -159,7 +142,9 @@ def draw_next_scale(
         if k + 1 < len(scales):
             inputs = quantizer.scale_input(f_hat, k + 1)  # [B, n_{k+1}, Z]
     assert f_hat is not None
-    return torch.cat(tokens, dim=1), f_hat, run.finite
+    if finite is None and not judged:
+        raise FloatingPointError("the model's logits are not finite")
+    return torch.cat(tokens, dim=1), f_hat
 
 
 class _Run:
@@ -174,12 +159,12 @@ class _Run:
         noise: Noise,
         trace: Trace,
         kept: KeptTokens | None,
+        finite: Tensor,
     ) -> None:
         self.model, self.settings, self.noise, self.trace = model, settings, noise, trace
         self.quantizer, self.kept = quantizer, kept
-        self.labels, self.step = labels, 0
+        self.labels, self.finite, self.step = labels, finite, 0
         self.conditions: dict[tuple[bool, bool], Condition] = {}  # by guidance and branch
-        self.finite = torch.ones((), dtype=torch.bool, device=labels.device)  # read once, at the end
         device = labels.device.type
         dtype = (
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.pos_embed.dtype

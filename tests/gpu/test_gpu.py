@@ -8,7 +8,7 @@ import torch
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
 from hmar_cli.sampling.images import Job, Labels, Sampler, autocast, select_attention
-from hmar_cli.sampling.next_scale import draw_counts, draw_next_scale
+from hmar_cli.sampling.next_scale import draw_counts, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import NextScaleSample
 from hmar_cli.tokenizers.msvq import MultiScaleVQ
@@ -52,7 +52,8 @@ def test_sampling_never_waits_for_the_device(pattern: str) -> None:
 
     def draw() -> None:
         noise = PhiloxNoise(0, images, draw_counts(settings, model.scales))
-        draw_next_scale(model, tokenizer.quantizer, labels, settings, noise)
+        finite = torch.ones((), dtype=torch.bool, device="cuda")
+        sample_next_scale(model, tokenizer.quantizer, labels, settings, noise, finite=finite)
 
     with autocast(labels.device, "bf16"):
         draw()

@@ -132,6 +132,17 @@ def test_refusals() -> None:
         sample_next_scale(model, quantizer, labels, NextScaleSample(top_k=0, top_p=0.0), noise)
 
 
+def test_whether_logits_are_finite_can_be_noted_in_place_of_an_error() -> None:
+    model, quantizer = make("diagonal")
+    settings, noise = NextScaleSample(top_k=0, top_p=0.0), PhiloxNoise(0, torch.arange(1))
+    for weight, expected in ((0.5, True), (float("nan"), False)):
+        with torch.no_grad():
+            model.head.linear.weight[0, 0] = weight
+        finite = torch.ones((), dtype=torch.bool)
+        tokens, _ = sample_next_scale(model, quantizer, torch.tensor([0]), settings, noise, finite=finite)
+        assert finite.item() is expected and tokens.shape == (1, SCALES.total)
+
+
 def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
     logits = torch.randn(2, 8)
     assert torch.equal(filter_logits(logits, 100, 0.0), logits)
