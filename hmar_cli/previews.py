@@ -1,4 +1,7 @@
-"""Pictures that a training run shows now and then: reconstructions of a tokenizer, samples of a model."""
+"""Pictures that a training run shows now and then: reconstructions of a tokenizer, samples of a model.
+
+What draws them raises FloatingPointError where they are not finite.
+"""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,7 +17,7 @@ from hmar_cli.data.transforms import image_transform, to_tensor
 from hmar_cli.models.masked import MaskedTransformer
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.report import image_grid, to_uint8
-from hmar_cli.sampling.images import autocast
+from hmar_cli.sampling.images import autocast, require_finite
 from hmar_cli.sampling.masked import sample_masked
 from hmar_cli.sampling.next_scale import sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
@@ -41,7 +44,7 @@ def reconstruction_preview(recipe: Recipe, source: ImageSource) -> Preview:
         pixels = [cut(example.image) for example in examples if example.image is not None]
         device = next(model.parameters()).device
         images = to_tensor(np.stack(pixels)).to(device)
-        again = model.reconstruct(images)
+        again = require_finite(model.reconstruct(images))
         tiles, columns = [], 8
         for i in range(0, len(images), columns):
             tiles += [*to_uint8(images[i : i + columns]), *to_uint8(again[i : i + columns])]
@@ -64,7 +67,7 @@ def sample_preview(recipe: Recipe, tokenizer: Tokenizer, cache: Cache) -> Previe
             labels = torch.arange(IMAGES, device=device) % columns
             with autocast(device, recipe.train.precision):  # in which attention was chosen
                 _, features = sample_next_scale(model, decoder.quantizer, labels, chosen, noise)
-            return image_grid(decoder.decode(features), columns=columns)
+            return image_grid(require_finite(decoder.decode(features)), columns=columns)
         assert isinstance(model, MaskedTransformer) and isinstance(decoder, KlAutoencoder)
         assert isinstance(recipe.sample, MaskedArSample)
         settings = replace(
@@ -76,7 +79,7 @@ def sample_preview(recipe: Recipe, tokenizer: Tokenizer, cache: Cache) -> Previe
         )
         condition, columns = _conditions(model, cache)
         sampled = sample_masked(model, condition.to(device), settings, noise)
-        return image_grid(decoder.decode_latents(sampled.latents), columns=columns)
+        return image_grid(require_finite(decoder.decode_latents(sampled.latents)), columns=columns)
 
     return draw
 

@@ -31,7 +31,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from hmar_cli.checkpoints.store import Checkpoint, clean, list_steps, prune, step_folder
-from hmar_cli.console import console, progress
+from hmar_cli.console import console, progress, warn
 from hmar_cli.data.ahead import prefetch
 from hmar_cli.data.sharing import gather
 from hmar_cli.errors import UserError
@@ -58,7 +58,7 @@ Weights = Mapping[str, Mapping[str, Tensor]]
 Save = Callable[[Path, int, Weights, tuple[Mapping[str, Tensor], Mapping[str, Any]]], None]
 """Writes a checkpoint: (folder, step, state dicts by name, training state)."""
 Preview = Callable[[nn.Module], "Image"]
-"""Draws a grid of pictures with the network given."""
+"""Draws a grid of pictures with the network given, or raises FloatingPointError where they are not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -545,16 +545,20 @@ class Trainer:
             raise UserError(message, "resume with the recipe that the run began with") from error
 
     def show(self, out: Path, preview: Preview, log: Log | None) -> None:
-        """Draw a grid with the averaged weights, where there are any."""
+        """Draw a grid with the averaged weights, where there are any; one that is not finite is a warning."""
         self.check()
         if log is not None:
             self.objective.eval()
-            with torch.no_grad(), self.ema.applied() if self.ema else contextlib.nullcontext():
-                image = preview(self.model)
+            try:
+                with torch.no_grad(), self.ema.applied() if self.ema else contextlib.nullcontext():
+                    image = preview(self.model)
+            except FloatingPointError as error:
+                warn(f"no picture of step {self.step}: {error}")
+            else:
+                with atomic_file(out / "samples" / f"step-{self.step:08d}.png") as temporary:
+                    image.save(temporary, format="PNG")
+                log.picture(self.step, np.asarray(image.convert("RGB")))
             self.objective.train()
-            with atomic_file(out / "samples" / f"step-{self.step:08d}.png") as temporary:
-                image.save(temporary, format="PNG")
-            log.picture(self.step, np.asarray(image.convert("RGB")))
         self.accelerator.wait_for_everyone()
 
 

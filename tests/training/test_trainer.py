@@ -86,6 +86,27 @@ def test_a_run_leaves_checkpoints_rows_pictures_and_events(tmp_path):
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
 
 
+def test_a_picture_that_is_not_finite_is_one_warning_and_training_goes_on(tmp_path, capfd):
+    drawn = []
+
+    def preview(model):
+        drawn.append(model[0].weight.clone())
+        if len(drawn) == 1:
+            raise FloatingPointError("the model's logits are not finite")
+        return Image.new("RGB", (6, 4))
+
+    objective, outcome = run(tmp_path, toys.recipe(), preview=preview)
+    assert outcome.step == 6 and objective.model.training
+    assert not torch.equal(drawn[0], objective.model[0].weight)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert line == "warning: no picture of step 3: the model's logits are not finite"
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-00000006.png"]
+    run(tmp_path / "without", toys.recipe())
+    assert files(tmp_path / "without") == {
+        name: data for name, data in files(tmp_path).items() if not name.startswith("without")
+    }  # the averaged weights went back to their place
+
+
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     models = []
     for parts in (1, 2, 4):
