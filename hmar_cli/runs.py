@@ -18,6 +18,7 @@ from hmar_cli.builders import (
     build_image_network,
     build_model,
     build_objective,
+    build_tokenizer,
     load_tokenizer,
     load_weights,
 )
@@ -35,6 +36,7 @@ from hmar_cli.data.captions import describe
 from hmar_cli.data.images import ImageSource, class_places
 from hmar_cli.data.sources import open_source
 from hmar_cli.errors import UserError
+from hmar_cli.launch import join_processes
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Side
 from hmar_cli.previews import reconstruction_preview, sample_preview
@@ -56,7 +58,7 @@ from hmar_cli.settings import (
 from hmar_cli.tokenizers import kl, msvq
 from hmar_cli.tokenizers.blocks import hash_weights
 from hmar_cli.training.objective import Objective
-from hmar_cli.training.trainer import Batches, Outcome, Preview, Weights, fit, rehearse
+from hmar_cli.training.trainer import Batches, Outcome, Preview, Weights, fit, make_plan, rehearse
 
 CHANGEABLE = ("name", "description", "sample.", "optim.", "data.workers", "model.attention")
 CHANGEABLE_TRAIN = (
@@ -84,7 +86,7 @@ class Options:
         resume: go on from the newest checkpoint in `out`.
         device: "cpu", "cuda" or empty.
         wandb: also report to Weights & Biases.
-        dry_run: run one step and write nothing.
+        dry_run: run one step and write nothing; of a model without data, make the plan alone.
     """
 
     data: str = ""
@@ -95,6 +97,11 @@ class Options:
     device: str = ""
     wandb: bool = False
     dry_run: bool = False
+
+    @property
+    def bare(self) -> bool:
+        """Whether a dry run is told of nothing that only a cache can be compared with."""
+        return self.dry_run and not (self.data or self.tokenizer or self.init)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +132,10 @@ def train(recipe: Recipe, options: Options) -> Outcome:
             f"recipe '{recipe.name}' finetunes a trained model",
             f"hmar finetune-masked BASE --recipe {recipe.name} --data CACHE",
         )
-    start = starting_point(recipe, options)
     on_images = isinstance(recipe.objective, MsvqObjective | KlObjective | ClassifierObjective)
+    if options.bare and not on_images:
+        return plan_without_data(recipe, options.device)
+    start = starting_point(recipe, options)
     return execute((image_job if on_images else model_job)(recipe, options, start), options, start)
 
 
@@ -147,8 +156,34 @@ def finetune_masked(base: str, recipe: Recipe, options: Options) -> Outcome:
         )
     checkpoint = open_checkpoint(base)
     recipe = adopt_base(recipe, checkpoint)
+    if options.bare:
+        return plan_without_data(recipe, options.device)
     start = starting_point(recipe, options)
     return execute(masked_job(checkpoint, recipe, options, start), options, start)
+
+
+def plan_without_data(recipe: Recipe, device: str) -> Outcome:
+    """What a dry run of a model says before there is a cache; nothing is computed.
+
+    Raises:
+        UserError: no such device, or a batch that the processes cannot share.
+    """
+    with torch.device("meta"):  # weights take neither time nor memory
+        model, tokenizer = build_model(recipe), build_tokenizer(recipe.tokenizer)
+    place = join_processes(device)
+    plan = make_plan(build_objective(recipe, tokenizer, model), recipe, None, place.world, place.device)
+    classes = (
+        f"; the model is for {recipe.model.num_classes:,} classes" if recipe.model and not recipe.text else ""
+    )
+    return Outcome(
+        checkpoint=None,
+        step=0,
+        interrupted=0,
+        last={},
+        plan=plan,
+        main=place.rank == 0,
+        data=f"none was given (--data CACHE), so no step was run{classes}",
+    )
 
 
 def image_job(recipe: Recipe, options: Options, start: Checkpoint | None) -> Job:

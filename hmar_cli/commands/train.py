@@ -29,6 +29,7 @@ and saves; `--resume` goes on from the newest checkpoint, on a CPU with exactly 
 - `hmar train --recipe himar-scenes --data caches/scenes --set text.depth=6`
 - `hmar train --recipe hmar-tiny --data caches/pets --init runs/hmar-tiny --out runs/pets`
 - `hmar train --recipe var-d16 --data caches/imagenet --dry-run`
+- `hmar train --recipe var-d36-512 --dry-run`
 - `hmar train --recipe classifier-cifar10 --data cifar10-train.parquet`
 """
 
@@ -41,7 +42,9 @@ Launch = Annotated[int, typer.Option(min=0, help="Share the work over this many 
 Device = Annotated[str, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")]
 NoEma = Annotated[bool, typer.Option("--no-ema", help="Keep no running average of the weights.")]
 Wandb = Annotated[bool, typer.Option("--wandb", help="Also report to Weights & Biases.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, run one step, write nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan, run one step if there is data, write nothing.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")]
 
 
@@ -140,23 +143,25 @@ def conclude(outcome: "Outcome", recipe: "Recipe", as_json: bool, dry_run: bool)
 
 def plan_lines(outcome: "Outcome", recipe: "Recipe") -> list[str]:
     """The plan of a run, for people."""
-    plan, last = outcome.plan, outcome.last
+    plan, last, epoch = outcome.plan, outcome.last, outcome.plan.steps_per_epoch
     lines = [
         f"{name}: {plan.parameters[name]:,} parameters, {plan.trainable[name]:,} trained"
         for name in plan.parameters
     ]
-    epochs = plan.steps / plan.steps_per_epoch
+    length = f"{plan.steps:,} steps" if plan.steps else f"{recipe.train.epochs:g} epochs in steps"
     lines += [
-        f"data: {outcome.data}; {round(plan.steps_per_epoch, 2):,.10g} steps an epoch",
-        f"length: {plan.steps:,} steps of {recipe.train.batch_size} images, {epochs:.4g} epochs",
+        f"data: {outcome.data}" + (f"; {round(epoch, 2):,.10g} steps an epoch" if epoch else ""),
+        f"length: {length} of {recipe.train.batch_size} images"
+        + (f", {plan.steps / epoch:.4g} epochs" if epoch else ""),
         f"processes: {plan.world} on {plan.device}, {plan.precision}; "
         f"{recipe.train.accumulate} micro-batches of {plan.micro_batch} images a step",
         f"memory of weights, gradients, moments and averages: {gib(plan.memory_bytes)} a process",
     ]
     if outcome.peak_memory_bytes:
         lines.append(f"largest memory in one step: {gib(outcome.peak_memory_bytes)}")
-    speed = f"{last['images_per_second']:,.1f} images/s (start-up included)"
-    lines.append(f"one step: loss {last['loss']:.4f}, {speed}")
+    if last:
+        speed = f"{last['images_per_second']:,.1f} images/s (start-up included)"
+        lines.append(f"one step: loss {last['loss']:.4f}, {speed}")
     return lines
 
 

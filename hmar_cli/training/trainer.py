@@ -69,8 +69,8 @@ class Plan:
         device: where it runs.
         precision: "bf16" or "fp32".
         world: processes.
-        steps: optimizer steps in all.
-        steps_per_epoch: optimizer steps in which every image is seen once (a fraction with accumulation).
+        steps: optimizer steps in all; 0 where they follow from epochs of images that nobody counted.
+        steps_per_epoch: optimizer steps in which every image is seen once (a fraction with accumulation); 0 likewise.
         micro_batch: images of a process and micro-batch.
         parameters: parameters of each network.
         trainable: those of them that are trained.
@@ -224,15 +224,13 @@ class Trainer:
         self.recipe, self.objective = recipe, objective
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = choose_device(device) if self.world == 1 else torch.device(self.accelerator.device)
-        self.bf16 = recipe.train.precision == "bf16" or (
-            recipe.train.precision == "auto" and self.device.type == "cuda"
-        )
         self.patient = self.device.type != "cpu"  # steps are not waited for
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.benchmark = True
         objective.to(self.device).train()
-        self.plan = make_plan(objective, recipe, images, self.world, self.device, self.bf16)
+        self.plan = make_plan(objective, recipe, images, self.world, self.device)
+        self.bf16 = self.plan.precision == "bf16"
         self.step = 0
         self.saved: Path | None = None  # the newest checkpoint
         self.optimizer = Optimizer(objective, recipe.optim, recipe.train.batch_size, self.plan.steps)
@@ -587,9 +585,16 @@ class Clock:
 
 
 def make_plan(
-    objective: Objective, recipe: Recipe, images: int, world: int, device: torch.device, bf16: bool
+    objective: Objective, recipe: Recipe, images: int | None, world: int, device: torch.device
 ) -> Plan:
     """Work out the size of a run.
+
+    Args:
+        objective: its networks; they may be without memory, on PyTorch's device "meta".
+        recipe: `[train]` is read.
+        images: of an epoch; None where nobody counted them.
+        world: processes.
+        device: where it runs.
 
     Raises:
         UserError: a batch that the processes cannot share, or fewer images than a micro-batch.
@@ -602,12 +607,14 @@ def make_plan(
             f"{train.accumulate} micro-batches each",
             f"give a multiple of {world * train.accumulate}, or change train.accumulate",
         )
-    per_epoch = images // (share * world)
-    if not per_epoch:
+    per_epoch = 0 if images is None else images // (share * world)
+    if images is not None and not per_epoch:
         raise UserError(
             f"the data has {images} images, fewer than the {share * world} of a micro-batch",
             "lower train.batch_size or raise train.accumulate",
         )
+    steps = max(1, round(train.epochs * per_epoch / train.accumulate)) if per_epoch else 0
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
     parameters, trainable, memory = {}, {}, 0
     for name, module in objective.networks.items():
         sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
@@ -619,7 +626,7 @@ def make_plan(
         device=str(device),
         precision="bf16" if bf16 else "fp32",
         world=world,
-        steps=train.steps or max(1, round(train.epochs * per_epoch / train.accumulate)),
+        steps=train.steps or steps,
         steps_per_epoch=per_epoch / train.accumulate,
         micro_batch=share,
         parameters=parameters,

@@ -93,6 +93,30 @@ def test_dry_run_shows_the_plan_and_writes_nothing(toys, cache, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_without_data_shows_what_does_not_depend_on_it(toys, cache, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with_data, without = (train(toys, *data, "--dry-run", "--json") for data in (("--data", cache), ()))
+    assert without.exit_code == 0, without.output
+    found, known = json.loads(without.stdout), json.loads(with_data.stdout)
+    classes = 1000 - len(json.loads((cache / "manifest.json").read_text())["class_names"])
+    known["plan"]["parameters"]["model"] += 32 * classes  # the recipe's own count, of vectors of 32 numbers
+    for key in ("device", "precision", "world", "steps", "micro_batch", "parameters"):
+        assert found["plan"][key] == known["plan"][key]
+    assert (found["step"], found["last"], found["plan"]["steps_per_epoch"]) == (0, {}, 0)
+    none = "data: none was given (--data CACHE), so no step was run; the model is for"
+    assert f"{none} 1,000 classes\n" in without.stderr and "one step" not in without.stderr
+    assert "length: 2 steps of 8 images\n" in without.stderr
+    epochs = train(toys, "--set", "train.epochs=3", "--dry-run")
+    by_epochs = hmar("train", "--recipe", toys / "toy.toml", "--dry-run", "--set", "train.steps=0")
+    assert "length: 2 steps of 8 images\n" in epochs.stderr
+    assert "length: 200 epochs in steps of 8 images\n" in by_epochs.stderr
+    masked = hmar("finetune-masked", base, "--recipe", toys / "toy-masked.toml", "--dry-run")
+    assert masked.exit_code == 0, masked.output
+    assert f"{none} {1000 - classes} classes\n" in masked.stderr  # the base's
+    refused(train(toys, "--init", base, "--dry-run"), "--data is missing")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_in_use_is_refused(toys, cache, base):
     refused(train(toys, "--data", cache, "--out", base), "is not empty", "--resume")
 
