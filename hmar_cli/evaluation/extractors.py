@@ -15,8 +15,10 @@ tower of open_clip scales them to.
 import hashlib
 import importlib
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from hmar_cli.data.spelling import split_options
 from hmar_cli.data.transforms import height_width
 from hmar_cli.errors import UserError, first_line
+from hmar_cli.evaluation import inception
 from hmar_cli.files import file_sha256
 from hmar_cli.models.scales import Side
 from hmar_cli.tokenizers.blocks import hash_weights
@@ -133,9 +136,7 @@ def open_extractor(spec: str, device: str | torch.device = "cpu", weights: Path 
     if weights is not None and not weights.is_file():
         raise UserError(f"no file {weights}", "give the file of the extractor's weights")
     if spec == "inception":
-        from hmar_cli.evaluation.inception import open_inception
-
-        return open_inception(place, weights)
+        return _open_inception(place, weights)
     if colon and kind in ("open_clip", "torchscript", "module"):
         if not rest:
             raise UserError(f"extractor {spec}: nothing after the colon", f"expected {SPELLINGS}")
@@ -145,6 +146,21 @@ def open_extractor(spec: str, device: str | torch.device = "cpu", weights: Path 
     if not Path(spec).exists():
         raise UserError(f"no extractor {spec!r}", f"expected {SPELLINGS}")
     return _open_classifier(spec, place)
+
+
+def _open_inception(device: torch.device, weights: Path | None) -> Extractor:
+    """Inception with weights of a file, or with the published ones."""
+    path = weights or inception.published_weights()
+    network, digest = inception.Inception(path, device), file_sha256(path)
+    standard = digest.startswith(inception.PUBLISHED)
+    return Extractor(
+        name="inception" if standard else f"inception:{path.name}",
+        fingerprint=digest,
+        look=lambda pixels: Features(*network(pixels)),
+        device=device,
+        standard=standard,
+        about={"file": path.name, "features": 2048, "resize": "299 px, bilinear as TensorFlow 1"},
+    )
 
 
 def _open_classifier(path: str, device: torch.device) -> Extractor:
@@ -272,10 +288,11 @@ def _open_clip(text: str, device: torch.device, weights: Path | None) -> Extract
         raise UserError(f"extractor open_clip:{text}: {error}", CLIP_HINT) from error
     network: Any = model.network.visual
     network.to(device)
+    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
     def look(pixels: Tensor) -> Features:
         pictures = [Image.fromarray(each) for each in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-        inputs = torch.stack([model.preprocess(each) for each in pictures]).to(device)  # B 3 H W -> B 3 R R
+        inputs = torch.stack([*pool.map(model.preprocess, pictures)]).to(device)  # B 3 H W -> B 3 R R
         found = network(inputs)  # B 3 R R -> B F, or with the features of all places
         return Features(found[0] if isinstance(found, tuple) else found)
 

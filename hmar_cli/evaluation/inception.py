@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from hmar_cli.errors import UserError, first_line
-from hmar_cli.evaluation.extractors import Extractor, Features
-from hmar_cli.files import fetch, file_sha256
+from hmar_cli.files import fetch
 
 PUBLISHED = "6726825d"
 """First digits of the SHA-256 of the published weights; their file's name carries them too."""
@@ -25,53 +24,39 @@ SPATIAL_CHANNELS = 7
 """Channels of `mixed_6/conv` that sFID takes: 17 x 17 x 7 numbers are about as many as pooled features."""
 
 
-def open_inception(device: torch.device, weights: Path | None = None) -> Extractor:
-    """Open Inception.
+class Inception:
+    """The network, and what it computes on the way.
 
     Args:
+        path: a file of weights as torch-fidelity publishes it.
         device: where it is to compute.
-        weights: a file as torch-fidelity publishes it; None for that very file, downloaded once.
 
     Raises:
-        UserError: the file is missing and cannot be downloaded, or holds other weights or more than tensors.
+        UserError: the file holds other weights, or more than tensors.
     """
-    path = weights or published_weights()
-    _require_tensors(path)
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    try:
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
-        )
-    except RuntimeError as error:
-        raise UserError(f"{path} holds other weights: {first_line(error)}", _where_from()) from error
-    digest = file_sha256(path)
-    standard = digest.startswith(PUBLISHED)
-    return Extractor(
-        name="inception" if standard else f"inception:{path.name}",
-        fingerprint=digest,
-        look=_Look(network.to(device)),
-        device=device,
-        standard=standard,
-        about={"file": path.name, "features": 2048, "resize": "299 px, bilinear as TensorFlow 1"},
-    )
+    def __init__(self, path: Path, device: torch.device) -> None:
+        _require_tensors(path)
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-
-class _Look:
-    """Features of Inception, those of sFID among them."""
-
-    def __init__(self, network: Any) -> None:
-        self.network, self.inside = network, torch.empty(0)
+        try:
+            network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
+            )
+        except RuntimeError as error:
+            raise UserError(f"{path} holds other weights: {first_line(error)}", _where_from()) from error
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self._network, self._inside = network.to(device), torch.empty(0)
 
     def _keep(self, module: Any, arguments: Any, output: Tensor) -> None:
-        self.inside = output[:, :SPATIAL_CHANNELS]  # B 192 17 17 -> B 7 17 17
+        self._inside = output[:, :SPATIAL_CHANNELS]  # B 192 17 17 -> B 7 17 17
 
-    def __call__(self, pixels: Tensor) -> Features:
-        pooled, logits = self.network(pixels)  # B 3 H W -> B 2048, B 1008
-        spatial = self.inside.permute(0, 2, 3, 1).flatten(1)  # B 7 17 17 -> B 2023, in TensorFlow's order
-        self.inside = torch.empty(0)
-        return Features(pooled, spatial, logits)
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled features [B, 2048], spatial ones [B, 2023] and logits [B, 1008] of uint8 images [B, 3, H, W]."""
+        pooled, logits = self._network(pixels)
+        spatial = self._inside.permute(0, 2, 3, 1).flatten(1)  # B 7 17 17 -> B 2023, in TensorFlow's order
+        self._inside = torch.empty(0)
+        return pooled, spatial, logits
 
 
 def published_weights() -> Path:
