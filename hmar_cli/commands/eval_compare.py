@@ -88,7 +88,8 @@ def print_columns(reports: "dict[str, Report]", metrics: list[str], settings: di
         numbers = [report.metrics[metric] for report in reports.values()]
         leader = best(metric, [each.value for each in numbers])
         cells = (Text(as_text(metric, each), "bold" if each.value == leader else "") for each in numbers)
-        rows.append([numbers[0].name, *cells])
+        category = metric.rpartition(".")[0]  # of T2I-CompBench, whose numbers bear one name in all of them
+        rows.append([f"{category}: {numbers[0].name}" if category else numbers[0].name, *cells])
     for key, values in settings.items():
         rows.append([key.split(".")[-1].replace("_", " "), *map(as_cell, values)])
     print_table({"": "left", **dict.fromkeys(reports, "right")}, rows)

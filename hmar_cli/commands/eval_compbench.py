@@ -250,12 +250,13 @@ def judged_scenes(group: "Category", paths: list[Path], per_prompt: int) -> "dic
 def print_report(report: "Report") -> None:
     """Print the numbers of each category."""
     from hmar_cli.console import print_table
+    from hmar_cli.evaluation.reports import as_text
 
     rows: list[tuple[str, ...]] = []
     for name, count in report.settings["categories"].items():
         head = (name, str(count), str(count * report.settings["per_prompt"]))
         own = [
-            (number.name, f"{number.value:.1%}" if "low" in number.more else str(number))
+            (number.name, as_text(key, number))
             for key, number in report.metrics.items()
             if key.startswith(f"{name}.")
         ]

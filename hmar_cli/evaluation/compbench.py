@@ -6,7 +6,6 @@ prompt is what stands before the first underscore, and the index, of six digits,
 that all images of one prompt follow one another.
 """
 
-import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -120,7 +119,6 @@ def lay_out(images: Mapping[str, Sequence[Path]], categories: Sequence[Category]
                 try:
                     os.link(path, target)
                 except OSError:  # another file system, or one without links
-                    with contextlib.suppress(FileExistsError):
-                        shutil.copyfile(path, target)
+                    shutil.copyfile(path, target)
         folders.append(out / category.name)
     return folders

@@ -27,7 +27,12 @@ from hmar_cli.files import read_json, write_json
 
 FORMAT, VERSION = "hmar-eval", 1
 
-HIGHER_IS_BETTER = measures.HIGHER_IS_BETTER | {"accuracy", "psnr", "ssim", "clip_score", "clip_cosine"}
+OF_SCENES = frozenset({"colours", "shapes", "places", "all"})
+"""Shares of images of `builtin:scenes` that show what their prompts say."""
+
+HIGHER_IS_BETTER = (
+    measures.HIGHER_IS_BETTER | {"accuracy", "psnr", "ssim", "clip_score", "clip_cosine"} | OF_SCENES
+)
 LOWER_IS_BETTER = {"fid", "sfid", "kid", "rfid", "l1", "lpips"}
 OF_PICTURES = {"psnr", "ssim", "l1", "lpips", "usage", "latent_std", "posterior_std"}
 """Metrics of a tokenizer that need no extractor."""
@@ -39,7 +44,7 @@ INDEPENDENT = {
 }
 """Metrics that compare whatever a setting is."""
 
-SHARES = {"accuracy", "usage"}
+SHARES = {"accuracy", "usage"} | OF_SCENES
 """Metrics that are shown in percent."""
 
 ABSENT = "absent"
@@ -250,11 +255,16 @@ def comparable_metrics(reports: Mapping[str, Report], wanted: Sequence[str] = ()
 
 def as_text(metric: str, number: Measured) -> str:
     """A number for people: shares of images in percent, others with four digits and their spread."""
-    return f"{number.value:.1%}" if metric in SHARES else str(number)
+    return f"{number.value:.1%}" if _kind(metric) in SHARES else str(number)
 
 
 def best(metric: str, values: Sequence[float]) -> float | None:
     """The best of some values; None where a metric has no direction."""
-    if metric in HIGHER_IS_BETTER:
+    if _kind(metric) in HIGHER_IS_BETTER:
         return max(values)
-    return min(values) if metric in LOWER_IS_BETTER else None
+    return min(values) if _kind(metric) in LOWER_IS_BETTER else None
+
+
+def _kind(metric: str) -> str:
+    """What a metric measures: of T2I-CompBench's "color.clip_cosine" the part after its category."""
+    return metric.rpartition(".")[2]

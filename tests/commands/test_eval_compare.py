@@ -77,6 +77,25 @@ def test_the_best_is_the_lowest_distance_and_the_highest_score() -> None:
     assert best("unknown", [1.0, 2.0]) is None
 
 
+def test_categories_of_compbench_are_told_apart(tmp_path: Path) -> None:
+    from hmar_cli.evaluation.reports import best
+
+    for name, value in (("a", 0.25), ("b", 0.125)):
+        numbers = {
+            "color.clip_cosine": Measured("CLIP cosine[x]", value),
+            "complex.clip_cosine": Measured("CLIP cosine[x]", value + 0.5),
+            "scenes.colours": Measured("colours right", value, more={"low": 0.0, "high": 1.0}),
+        }
+        Report(numbers, SETTINGS, {}).save(tmp_path / f"{name}.json")
+    shown = compare(tmp_path / "a.json", tmp_path / "b.json").stdout
+    assert [line.split() for line in shown.splitlines()[1:]] == [
+        ["color:", "CLIP", "cosine[x]", "0.25", "0.125"],
+        ["complex:", "CLIP", "cosine[x]", "0.75", "0.625"],
+        ["scenes:", "colours", "right", "25.0%", "12.5%"],
+    ]
+    assert [best(metric, [1.0, 2.0]) for metric in numbers] == [2.0] * 3
+
+
 @pytest.mark.parametrize(
     ("key", "other"),
     [
