@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hmar_cli.console import console, print_table
 from hmar_cli.data.transforms import Pixels
-from hmar_cli.files import atomic_file, write_json
+from hmar_cli.files import atomic_file, require_writable, write_json
 from hmar_cli.report import labelled_grid, save_figure, save_png
 
 if TYPE_CHECKING:
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | bool | None
 Row = Mapping[str, Cell]
+
+
+def analysis_folder(out: Path | None, name: str) -> Path:
+    """The folder of an analysis: `out`, or "analysis/NAME". Ask before the work that it is to hold.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    folder = out or Path("analysis") / name
+    require_writable(folder / f"{name}.json")
+    return folder
 
 
 def publish_analysis(
@@ -56,8 +67,7 @@ def publish_analysis(
         notes: the same for people.
         shown: fewer rows for the table.
     """
-    grid = labelled_grid(tiles) if tiles else None
-    folder = out or Path("analysis") / name
+    grid, folder = labelled_grid(tiles) if tiles else None, analysis_folder(out, name)
     files = [*drawn, *save_analysis(folder, name, rows, settings, figure, grid=grid, summary=summary)]
     print_analysis(name, rows, settings, files, as_json=as_json, summary=summary, notes=notes, shown=shown)
 

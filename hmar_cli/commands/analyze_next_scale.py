@@ -175,17 +175,20 @@ def register(app: typer.Typer) -> None:
     app.command("weighting-quality", help=WEIGHTING_QUALITY)(weighting_quality)
 
 
-def load_subjects(checkpoints: Sequence[Path], flags: Flags) -> "list[Subject]":
-    """Load models that share a tokenizer, under names that differ.
+def load_subjects(name: str, checkpoints: Sequence[Path], flags: Flags) -> "list[Subject]":
+    """Load models for an analysis, which share a tokenizer, under names that differ.
 
     Raises:
-        UserError: one cannot be had, is of another family, or has another tokenizer.
+        UserError: one cannot be had, is of another family, or has another tokenizer; or the analysis cannot be
+            written.
     """
     from hmar_cli.launch import choose_device
 
     place = choose_device(flags.device)
     from hmar_cli.analysis.held_out import load_subject, require_same_tokenizer
+    from hmar_cli.analysis.results import analysis_folder
 
+    analysis_folder(flags.out, name)
     subjects = [
         load_subject(path, name, place, flags.weights, flags.tokenizer)
         for path, name in zip(checkpoints, short_names(checkpoints), strict=True)
@@ -243,7 +246,7 @@ def scales(
     ] = None,
 ) -> None:
     """Draw Figs 12, 16 and 22; the help text is `SCALES`."""
-    subjects = load_subjects(checkpoints, flags)
+    subjects = load_subjects("scales", checkpoints, flags)
     from hmar_cli.analysis.held_out import read_held_out
     from hmar_cli.analysis.scales import measure_scales, scale_figure, summarize, tasks
 
@@ -286,7 +289,7 @@ def attention(
     """Draw Figs 9 and 10; the help text is `ATTENTION`."""
     if not data and not count:
         raise UserError("--count 0: samples have no number of their own", "give --count, or --data")
-    subjects, together = load_subjects(checkpoints, flags), flags.batch_size
+    subjects, together = load_subjects("attention", checkpoints, flags), flags.batch_size
     from hmar_cli.analysis.attention import attention_figure, attention_rows, measure_attention, scale_pairs
     from hmar_cli.analysis.held_out import draw_held_out, read_held_out
 
@@ -321,7 +324,7 @@ def teacher_forcing(
     precision: drawing.Precision = "auto",
 ) -> None:
     """Draw Fig. 17; the help text is `TEACHER_FORCING`."""
-    subjects = load_subjects(checkpoints, flags)
+    subjects = load_subjects("teacher-forcing", checkpoints, flags)
     samplers = [next_scale_settings(subject, given(sampler)) for subject in subjects]
     from hmar_cli.analysis import reconstruction
 
@@ -358,7 +361,7 @@ def half_masked(
     share: Annotated[float, typer.Option(min=0, max=1, help="Of masked tokens of every scale.")] = 0.5,
 ) -> None:
     """Draw Fig. 18; the help text is `HALF_MASKED`."""
-    subjects = load_subjects(checkpoints, flags)
+    subjects = load_subjects("half-masked", checkpoints, flags)
     if all(subject.model.masked is None for subject in subjects):
         raise UserError(
             f"{checkpoints[0]} has no masked branch", "give a model that `hmar finetune-masked` made"
@@ -435,8 +438,10 @@ def codebook(
         raise UserError("--data is missing", f"{path} is no cache, so say which images are to be encoded")
     from hmar_cli.analysis.codebook import codebook_figure, codebook_rows, rank_curves
     from hmar_cli.analysis.held_out import load_msvq, read_held_out
+    from hmar_cli.analysis.results import analysis_folder
     from hmar_cli.evaluation.codes import count_codes
 
+    analysis_folder(out, "codebook")
     codec, checkpoint = load_msvq(path)
     held_out = read_held_out(data or str(path), codec.to(place), count=count, batch_size=batch_size)
     counts = count_codes(held_out.tokens, codec.scales, codec.vocab_size)
@@ -485,6 +490,7 @@ def weighting_quality(
         metrics="fid,is,precision,recall",
         draw=studies.draw_ablation,
         base="always",
+        varies=False,
         row=lambda outcome: {key: value for key, value in outcome.row.items() if value not in ("", None)},
     )
     recipes = weighted(recipe, only, training.train_set or [])

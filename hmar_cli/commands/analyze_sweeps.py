@@ -22,8 +22,12 @@ Every setting draws the same images (of the same classes or prompts and noise), 
 `--extractor` against `--reference`. What the folder has already is not measured again; the grid shows the first
 images of each setting. Seconds are those of drawing alone, by the median batch after the first.
 
-`--set` changes a setting of all models that have it, `--vary KEY=VALUES` says what is varied, each key by itself;
-values stand between commas, schedules between semicolons.
+`--set` changes a setting of all models that have it.
+"""
+
+VARIED = f"""{MEASURED}
+`--vary KEY=VALUES` says what is varied, each key by itself; values stand between commas, schedules between
+semicolons.
 """
 
 REFINEMENT = f"""
@@ -43,7 +47,7 @@ GUIDANCE = f"""
 Quality over classifier-free guidance (HMAR supplement D.4, Fig. 21), of any of the four families.
 
 Guidance trades diversity for fidelity: FID has a minimum, while the Inception Score goes on growing for longer.
-{MEASURED}
+{VARIED}
 **Examples**
 
 - `hmar analyze guidance runs/var runs/hmar --reference cifar10-test.parquet --extractor runs/classifier-cifar10`
@@ -56,7 +60,7 @@ Quality against the time that an image takes (Hi-MAR, section 4.5 and Fig. 3).
 
 By default MAR's autoregressive steps are varied, those of Hi-MAR's second phase, and nothing of VAR and HMAR.
 Compare times of one device and batch size only; the paper's are of batches of 128 on an H100.
-{MEASURED}
+{VARIED}
 **Examples**
 
 - `hmar analyze speed runs/mar runs/himar --reference cifar10-test.parquet --extractor runs/classifier-cifar10`
@@ -69,7 +73,7 @@ Quality over the autoregressive steps of Hi-MAR's two phases, one at a time (sec
 
 The other phase keeps the steps of the recipe, or of `--set`. In the paper 32 steps of the first phase (for 64 pivots)
 and 4 of the second are enough.
-{MEASURED}
+{VARIED}
 **Examples**
 
 - `hmar analyze phases runs/himar --reference cifar10-test.parquet --extractor runs/classifier-cifar10`
@@ -128,6 +132,7 @@ def refinement(checkpoints: Checkpoints, flags: Flags) -> None:
         draw=studies.draw_refinement,
         base="always",
         start={"schedule": "none"},
+        varies=False,
         lacking="scales with room for another pass",
     )
     carry_out(study, entries(checkpoints), flags)
@@ -179,6 +184,7 @@ def ablation(
         draw=studies.draw_ablation,
         base="always",
         row=studies.ablation_row,
+        varies=False,
     )
     if train:
         from hmar_cli.recipe import load_recipe

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from hmar_cli.commands.subjects import Subject, drawn_images, open_images
 from hmar_cli.console import console, print_table, warn
 from hmar_cli.data.sources import open_source
-from hmar_cli.data.transforms import Crop
+from hmar_cli.data.transforms import Crop, height_width
 from hmar_cli.errors import UserError
 from hmar_cli.evaluation.extractors import Extractor, open_extractor
-from hmar_cli.evaluation.measures import Protocol, needs_reference
+from hmar_cli.evaluation.measures import Protocol, needs_reference, require_same_cut
 from hmar_cli.evaluation.observing import Observations, observe_together, require_features
 from hmar_cli.evaluation.references import is_statistics, open_reference, read_reference, save_statistics
 from hmar_cli.evaluation.reports import Report, as_text, made_with, measure_all
@@ -102,6 +102,10 @@ def evaluate(
         require_a_number(plan, network, order.class_names)
         require_features(network, plan.metrics, plan.size or order.checkpoint.recipe.data.size)
     real = early_reference(plan, network, place.rank)
+    if order and real:
+        cut = plan.size or network.size
+        drawn = height_width(cut or order.checkpoint.recipe.data.size)
+        require_same_cut(drawn, plan.crop if cut else "none", real)
     looking: dict[str, Any] = {"metrics": plan.metrics, "crop": plan.crop, "batch_size": plan.batch_size}
     with contextlib.ExitStack() as stack:
         if order is None:
@@ -230,15 +234,25 @@ def warnings(found: Observations, metrics: Sequence[str]) -> list[str]:
         lines.append(
             f"{found.enlarged} images of {found.source} are smaller than {to} and were enlarged: blurred"
         )
-    if "fid" in metrics and 0 < found.count <= width:  # 0 where a file does not say
+    return [*lines, *few_images(found.count, width, found.source, metrics)]
+
+
+def few_images(count: int, width: int, source: str, metrics: Sequence[str]) -> list[str]:
+    """Which metrics say little of a set for its number of images.
+
+    Args:
+        count: of the images; 0 where a file does not say.
+        width: features of an image.
+        source: the set's name.
+        metrics: that are measured.
+    """
+    lines, parts = [], Protocol().is_splits
+    if "fid" in metrics and 0 < count <= width:
+        lines.append(f"FID by {count} images of {source} says little: their covariance has {width} rows")
+    if "is" in metrics and parts <= count < FEW * parts:
         lines.append(
-            f"FID by {found.count} images of {found.source} says little: their covariance has {width} rows"
-        )
-    parts = Protocol().is_splits
-    if "is" in metrics and parts <= found.count < FEW * parts:
-        lines.append(
-            f"IS by {found.count} images of {found.source} says little: none of its {parts} parts can score above "
-            f"the number of images in it, about {found.count // parts}"
+            f"IS by {count} images of {source} says little: none of its {parts} parts can score above "
+            f"the number of images in it, about {count // parts}"
         )
     return lines
 

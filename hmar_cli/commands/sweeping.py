@@ -11,7 +11,6 @@ import typer
 from hmar_cli.commands import drawing
 from hmar_cli.commands.flags import short_names, words
 from hmar_cli.errors import UserError
-from hmar_cli.files import require_writable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,6 +79,7 @@ class Study:
         draw: the figure, of outcomes and of the metrics to show: their names and which direction is better.
         base: whether a model as it is has a row: "always", where nothing of it is varied ("alone"), or "never".
         start: settings that hold unless others are given.
+        varies: whether `--vary` may say what is varied; else the figure has no place for it.
         row: of an outcome; None for its own.
         lacking: what a model has not of which nothing can be varied.
     """
@@ -90,6 +90,7 @@ class Study:
     draw: "Callable[[Sequence[Outcome], Mapping[str, str]], Figure]"
     base: Literal["always", "alone", "never"] = "never"
     start: Mapping[str, str] = field(default_factory=dict)
+    varies: bool = True
     row: "Callable[[Outcome], Row] | None" = None
     lacking: str = "settings to vary"
 
@@ -131,14 +132,17 @@ def carry_out(
         print(json.dumps({"trials": planned}, indent=2))
         return
     begin(flags)
+    from hmar_cli.analysis.results import analysis_folder
     from hmar_cli.analysis.sweep import sweep
+    from hmar_cli.console import warn
     from hmar_cli.launch import join_processes, leave_processes
 
-    out = flags.out or Path("analysis") / study.name
-    require_writable(out / f"{study.name}.json")
+    out = analysis_folder(flags.out, study.name)
     judge = open_judge(study, flags, trials, reference)
-    outcomes = sweep(trials, judge, out, device=flags.device, shown=flags.shown)
     first = join_processes(flags.device).rank == 0
+    for line in doubts(judge, flags.count) if first else ():
+        warn(line)
+    outcomes = sweep(trials, judge, out, device=flags.device, shown=flags.shown)
     leave_processes()
     if first:
         publish(study, judge, outcomes, out, flags)
@@ -148,7 +152,6 @@ def publish(study: Study, judge: "Judge", outcomes: "Sequence[Outcome]", out: Pa
     """Write the files and print the table; where models were trained several times, also means and spreads."""
     from hmar_cli.analysis.results import publish_analysis
     from hmar_cli.analysis.studies import TRAINING_SEED, spreads
-    from hmar_cli.console import warn
     from hmar_cli.evaluation.reports import versions
 
     columns = judge.columns(flags.count)
@@ -162,9 +165,6 @@ def publish(study: Study, judge: "Judge", outcomes: "Sequence[Outcome]", out: Pa
         "trials": [{key: value for key, value in each.about.items() if key != "judge"} for each in outcomes],
         "versions": versions(),
     }
-    real = judge.reference
-    if real and real.unreadable:
-        warn(f"left out {real.unreadable} images of {real.source}; {real.error}")
     publish_analysis(
         out,
         study.name,
@@ -211,8 +211,12 @@ def train_and_measure(study: Study, chosen: "Mapping[Entry, Recipe]", data: str,
     Raises:
         UserError: as `carry_out`, before anything is trained where that can be known; and what training refuses.
     """
+    settings_asked(study, flags)
     if flags.dry_run:
-        print(json.dumps({"data": data, "train": [str(each.path) for each in chosen]}, indent=2))
+        done = [entry.path for entry, recipe in chosen.items() if is_finished(entry.path, recipe)]
+        left = [entry.path for entry in chosen if entry.path not in done]
+        found = {"finished": [*map(str, done)], "train": [*map(str, left)]}
+        print(json.dumps({"data": data, **found}, indent=2))
         return
     begin(flags)
     reference = require_judge(study, chosen.values(), flags)
@@ -229,6 +233,20 @@ def train_and_measure(study: Study, chosen: "Mapping[Entry, Recipe]", data: str,
     carry_out(study, list(chosen), flags, reference)
 
 
+def is_finished(run: Path, recipe: "Recipe") -> bool:
+    """Whether a run has all its steps; whether it is one of this recipe shows when it goes on.
+
+    Raises:
+        UserError: it holds weights alone, so that nothing can go on.
+    """
+    from hmar_cli.checkpoints.store import list_steps, open_checkpoint
+
+    if not list_steps(run):
+        return False
+    counters = open_checkpoint(run).counters()
+    return bool(counters["step"] >= (recipe.train.steps or counters["steps"]))
+
+
 # The plan
 
 
@@ -238,10 +256,25 @@ def plan(study: Study, chosen: Sequence[Entry], flags: Flags) -> "list[Trial]":
     Raises:
         UserError: a setting that no model has, a value that one cannot follow, or a model that has nothing to vary.
     """
-    fixed, varied = pairs("--set", flags.overrides), pairs("--vary", flags.vary)
+    fixed, varied = settings_asked(study, flags)
     bases = [basis(entry, flags) for entry in chosen]
     require_settings({**fixed, **varied}, [each.candidate.checkpoint.recipe for each in bases])
     return [trial for base in bases for trial in vary(study, base, fixed, varied)]
+
+
+def settings_asked(study: Study, flags: Flags) -> tuple[dict[str, str], dict[str, str]]:
+    """The settings of `--set` and of `--vary`, as they were written.
+
+    Raises:
+        UserError: one that is no setting, or anything to vary where the study says what is varied.
+    """
+    fixed, varied = pairs("--set", flags.overrides), pairs("--vary", flags.vary)
+    if varied and not study.varies:
+        raise UserError(
+            f"--vary {next(iter(varied))}: the figure of `hmar analyze {study.name}` has no place for it",
+            "vary it by `hmar analyze guidance`, or fix it: --set KEY=VALUE",
+        )
+    return fixed, varied
 
 
 def require_settings(names: Iterable[str], recipes: Sequence["Recipe"]) -> None:
@@ -414,14 +447,16 @@ def require_judge(study: Study, recipes: Iterable["Recipe"], flags: Flags) -> "O
     Raises:
         UserError: one of them cannot be had.
     """
+    from hmar_cli.analysis.results import analysis_folder
     from hmar_cli.data.sources import open_source
     from hmar_cli.evaluation.measures import needs_reference
     from hmar_cli.evaluation.observing import require_features
     from hmar_cli.evaluation.references import is_statistics, open_reference
 
     trained = list(recipes)
-    require_settings({**pairs("--set", flags.overrides), **pairs("--vary", flags.vary)}, trained)
-    require_writable((flags.out or Path("analysis") / study.name) / f"{study.name}.json")
+    fixed, varied = settings_asked(study, flags)
+    require_settings({**fixed, **varied}, trained)
+    analysis_folder(flags.out, study.name)
     metrics, extractor = open_extractor(study, flags)
     require_features(extractor, metrics, trained[0].data.size)
     if not needs_reference(metrics):
@@ -438,11 +473,12 @@ def open_judge(
     """The extractor, and what it sees in the real images, unless that is known.
 
     Raises:
-        UserError: one of them cannot be had, or images of several sizes where the extractor takes any.
+        UserError: one of them cannot be had, images of several sizes where the extractor takes any, or statistics
+            of images that were cut in another way.
     """
     from hmar_cli.analysis.sweep import Judge
     from hmar_cli.data.transforms import height_width
-    from hmar_cli.evaluation.measures import needs_reference
+    from hmar_cli.evaluation.measures import needs_reference, require_same_cut
     from hmar_cli.evaluation.references import open_reference
 
     metrics, extractor = open_extractor(study, flags)
@@ -453,4 +489,18 @@ def open_judge(
     size = extractor.size or sizes[0]
     if reference is None and needs_reference(metrics):
         reference = open_reference(flags.reference, extractor, metrics, size=size, crop=flags.crop)
+    if reference:
+        require_same_cut(height_width(size), flags.crop, reference)
     return Judge(extractor=extractor, metrics=metrics, reference=reference, size=size, crop=flags.crop)
+
+
+def doubts(judge: "Judge", count: int) -> list[str]:
+    """What makes the numbers of `count` images a setting doubtful, to be said before they are drawn."""
+    from hmar_cli.commands.evaluating import few_images, warnings
+    from hmar_cli.evaluation.measures import needs_reference
+
+    real, compared = judge.reference, [each for each in judge.metrics if needs_reference([each])]
+    if real is None:
+        return few_images(count, 0, "each setting", judge.metrics)
+    width = real.statistics.mean.numel()
+    return [*few_images(count, width, "each setting", judge.metrics), *warnings(real, compared)]

@@ -147,7 +147,7 @@ def require_comparable(subject: Observations, reference: Observations) -> None:
     """See that two sets were looked at in the same way.
 
     Raises:
-        UserError: another extractor, or images of another size.
+        UserError: another extractor, or images of another size or crop.
     """
     if subject.fingerprint != reference.fingerprint:
         ours, theirs = (f"{each.extractor_name} ({each.fingerprint[:12]})" for each in (subject, reference))
@@ -155,11 +155,30 @@ def require_comparable(subject: Observations, reference: Observations) -> None:
             f"{reference.source} was looked at by {theirs}, the images by {ours}",
             "use one extractor for both",
         )
-    if None not in (subject.size, reference.size) and subject.size != reference.size:
-        sizes = [f"{each.size[1]} x {each.size[0]}" for each in (subject, reference) if each.size]
+    require_same_cut(subject.size, subject.crop, reference)
+
+
+def require_same_cut(size: tuple[int, int] | None, crop: str, reference: Observations) -> None:
+    """See that images and reference are scaled and cropped alike, as far as is known of both.
+
+    Args:
+        size: (H, W) of the images; None where it is unknown.
+        crop: "adm", "var", or "none" for images as they are.
+        reference: what the extractor saw in the real images.
+
+    Raises:
+        UserError: they are not.
+    """
+    if None not in (size, reference.size) and size != reference.size:
+        sizes = [f"{each[1]} x {each[0]}" for each in (size, reference.size) if each]
         raise UserError(
             f"the images are {sizes[0]}, those of {reference.source} {sizes[1]}",
             "give --size, so that both are scaled and cropped alike",
+        )
+    if "none" not in (crop, reference.crop) and crop != reference.crop:
+        raise UserError(
+            f"the images are cut as by --crop {crop}, those of {reference.source} as by --crop {reference.crop}",
+            f"give --crop {reference.crop}, so that both are cut alike",
         )
 
 

@@ -191,6 +191,10 @@ def test_each_weighting_is_trained_and_measured(world: Path, tmp_path: Path) -> 
         objective = open_checkpoint(tmp_path / "runs" / name).recipe.objective
         assert isinstance(objective, NextScaleObjective) and objective.weighting == name
     assert found["settings"]["trials"][0]["cfg"] == 0.5
+    refused(hmar("analyze", *command, "--vary", "cfg=1"), "has no place for it")
+    planned = json.loads(hmar("analyze", *command, "--dry-run").stdout)
+    assert [Path(run).name for run in planned["finished"]] == ["none", "lognormal"]
+    assert planned["train"] == []
 
 
 def test_recipes_of_weightings_differ_in_nothing_else() -> None:
@@ -217,6 +221,10 @@ def test_what_is_no_model_of_scales_is_refused(name: str, world: Path, tmp_path:
         "no-images",
     )
     assert list(tmp_path.iterdir()) == []  # nothing is written on a mistake
+    (file := tmp_path / "file").write_text("")
+    refused(
+        hmar("analyze", name, world / "mar", "--data", DATA, "--out", file), f"{file} is a file"
+    )  # before the model is looked at
 
 
 def test_other_mistakes_are_one_line_and_a_hint(world: Path, tmp_path: Path) -> None:

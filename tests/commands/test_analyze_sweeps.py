@@ -361,6 +361,12 @@ def test_an_ablation_trains_its_rows_and_keeps_them(
         "spread": pytest.approx(np.std(values, ddof=1)),
         "trials": 2,
     }
+    flags += ("--train-seeds", "0,1,2")
+    planned = json.loads(hmar("analyze", "ablation", recipe, *flags, *steps, "--dry-run").stdout)
+    assert planned["finished"] == [str(runs / "toy-seed0"), str(runs / "toy-seed1")]
+    assert planned["train"] == [str(runs / "toy-seed2")]
+    longer = (*steps, "--train-set", "train.steps=2", "--dry-run")
+    assert json.loads(hmar("analyze", "ablation", recipe, *flags, *longer).stdout)["finished"] == []
     other = hmar("analyze", "ablation", recipe, *flags, "--train-set", "train.batch_size=8", *steps[:2])
     refused(other, "differ")  # a finished run of other settings is not taken for this one
 
@@ -392,6 +398,8 @@ def test_an_ablation_trains_its_rows_and_keeps_them(
         (("refinement", "mar"), "is a MAR or Hi-MAR"),
         (("refinement", "refining", "--set", "schedule=1,2"), "expected passes for 6 scales"),
         (("ablation", "var", "--train-seeds", "0,1"), "--train-seeds is for --train"),
+        (("ablation", "var", "--vary", "cfg=1,2"), "`hmar analyze ablation` has no place for it"),
+        (("refinement", "refining", "--vary", "cfg=1"), "`hmar analyze refinement` has no place for it"),
     ],
 )
 def test_mistakes(world: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -412,10 +420,30 @@ def test_mistakes_of_training(world: Path, tmp_path: Path) -> None:
     ablation = ("analyze", "ablation", "mar-tiny", *flags, *train)
     refused(hmar(*ablation, "--metrics", "sfid"), "which classifier-tiny has not")
     refused(hmar(*ablation, "--set", "cgf=2"), "none of these models has a setting 'cgf'")
+    refused(hmar(*ablation, "--vary", "cfg=2"), "has no place for it")
     refused(hmar(*ablation, "--reference", tmp_path / "nowhere"), "no such source")
     (tmp_path / "file").write_text("")
     refused(hmar(*ablation, "--out", tmp_path / "file"), "file is a file")
     assert not (tmp_path / "runs").exists()
+
+
+def test_too_few_images_are_warned_of_before_any_is_drawn(world: Path, tmp_path: Path) -> None:
+    flags = (*judged(world), "--out", tmp_path, "--count", 12, "--vary", "cfg=1", "--metrics", "fid,is")
+    result = hmar("analyze", "guidance", world / "var", *flags)
+    assert result.exit_code == 0, result.output
+    for words in ("FID by 12 images of each setting says little", "IS by 12 images of each setting says"):
+        assert words in result.stderr and result.stderr.index(words) < result.stderr.index("guidance.png")
+    assert f"FID by 30 images of {REFERENCE} says little" in result.stderr
+    assert result.stderr.count("IS by") == 1
+
+
+def test_statistics_of_another_cut_are_refused_before_anything_is_drawn(world: Path, tmp_path: Path) -> None:
+    path = tmp_path / "var.npz"
+    done = hmar("eval", "samples", *judged(world)[1:], "--crop", "var", "--make-stats", path)
+    assert done.exit_code == 0, done.output
+    flags = (*judged(world), "--reference", path, "--out", tmp_path / "out", "--count", 4)
+    refused(hmar("analyze", "guidance", world / "var", *flags), "as by --crop var", "--crop var")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_kept_trial_that_is_broken_is_named(world: Path, tmp_path: Path) -> None:

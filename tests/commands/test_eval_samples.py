@@ -441,6 +441,21 @@ def test_nothing_is_drawn_for_a_reference_that_is_not_there(
     refused(measure(run, model, "--count", 4, "--reference", tmp_path / "nowhere"), "no such source")
     refused(measure(run, model, "--count", 4, "--extractor", tmp_path / "nowhere"), "no extractor")
     refused(measure(run, model, "--count", 4, "--metrics", "fid,sfid"), "toy-classifier has not", "sfid out")
+    made = ("eval", "samples", REFERENCE, "--extractor", run, "--device", "cpu", "--make-stats")
+    assert hmar(*made, tmp_path / "var.npz", "--crop", "var").exit_code == 0
+    other = ("--reference", tmp_path / "var.npz")
+    refused(measure(run, model, "--count", 4, *other), "--crop var", "give --crop var")
+    assert not (cache / "eval").exists()
+
+
+def test_nothing_is_drawn_for_statistics_of_another_size(
+    module: str, model: Path, cache: Path, tmp_path: Path
+) -> None:
+    path, look = tmp_path / "small.npz", ("--extractor", module, "--device", "cpu")
+    made = hmar("eval", "samples", REFERENCE, "--size", 4, *look, "--make-stats", path)
+    assert made.exit_code == 0, made.output
+    result = hmar("eval", "samples", model, "--count", 4, "--reference", path, *look)
+    refused(result, f"those of {path} 4 x 4", "--size")
     assert not (cache / "eval").exists()
 
 

@@ -236,6 +236,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(UserError, match="the images are 8 x 8, those of shown 10 x 8") as caught:
         measure(ours, wide, ("fid",))
     assert "--size" in caught.value.hint
+    whole, middle = (
+        observe(Shown(list(pictures(12))), toy_extractor(), size=8, crop=crop) for crop in ("adm", "var")
+    )
+    with pytest.raises(UserError, match="cut as by --crop adm, those of shown as by --crop var") as caught:
+        measure(whole, middle, ("fid",))
+    assert "--crop var" in caught.value.hint
+    assert set(measure(ours, middle, ("fid",))) == {"fid"}  # images as they are
     with pytest.raises(UserError, match="fid compares with real images"):
         measure(ours, None, ("is", "fid"))
     assert set(measure(ours, None, ("is",))) == {"is"}
