@@ -83,28 +83,42 @@ def tokenizers(
         (size, name): side_of(size, opened[name]) for _, size, name in cases
     }  # a mistake shows before work
     delegate(launch, device)
-    from hmar_cli.analysis.results import publish_analysis
+    from hmar_cli.analysis.results import analysis_folder, publish_analysis
     from hmar_cli.data.sources import open_source
     from hmar_cli.evaluation.extractors import open_extractor
 
+    analysis_folder(out, "tokenizers")
     place = join_processes(device)
     judge = open_extractor(extractor, place.device, extractor_weights) if extractor else None
+    framed = [
+        eval_tokenizer.framed(
+            opened[name],
+            open_source(spelling, size=sides[size, name]),
+            sides[size, name],
+            crop,
+            count=count,
+            batch_size=batch_size,
+            share=place.share,
+        )
+        for spelling, size, name in cases
+    ]  # all are there, and of a size that suits, before the first is measured
+    brief = [short(each) for each in images]
+    titles = {
+        each: name if brief.count(name) == 1 else each for each, name in zip(images, brief, strict=True)
+    }
     rows: list[Row] = []
     reports: list[dict[str, Any]] = []
     notes: list[str] = []
     pictures: dict[str, list[Pixels]] = {}
-    for spelling, size, name in cases:
-        side = sides[size, name]
-        drawn, more = open_source(spelling, size=side), {"count": count, "batch_size": batch_size}
-        frames = eval_tokenizer.framed(opened[name], drawn, side, crop, **more, share=place.share)
+    for (spelling, _, name), frames in zip(cases, framed, strict=True):
         found = eval_tokenizer.measure(opened[name], frames, judge, place.device, shown)
         report = eval_tokenizer.make_report(opened[name], frames, judge, found, "", str(place.device))
         reports.append(report.describe())
         notes += [f"{name}: {line}" for line in eval_tokenizer.warnings(frames, found)]
-        rows.append(row_of(name, short(spelling), report))
+        rows.append(row_of(name, titles[spelling], report))
         originals, copies = zip(*found.pairs, strict=True)
-        pictures.setdefault(short(spelling), list(originals))
-        pictures[f"{name}: {rows[-1]['pixels']}, {short(spelling)}"] = list(copies)
+        pictures.setdefault(titles[spelling], list(originals))
+        pictures[f"{name}: {rows[-1]['pixels']}, {titles[spelling]}"] = list(copies)
     leave_processes()
     if place.rank:
         return

@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
+from hmar_cli.commands import eval_tokenizer
 from hmar_cli.recipe import load_recipe
 from hmar_cli.settings import Recipe
 
@@ -90,6 +91,29 @@ def test_images_at_their_own_sizes_and_at_that_of_the_training(world: Path, tmp_
     assert not any(name.startswith("rFID") for name in row)
     (row,) = measured("analyze", "tokenizers", world / "codes", *flags)["rows"]
     assert row["pixels"] == "32x32"
+
+
+def test_sets_of_one_name_are_told_apart(world: Path, tmp_path: Path) -> None:
+    sources = [tmp_path / each / "photos" for each in "ab"]
+    for source, name in zip(sources, ("0.png", "1.png"), strict=True):
+        source.mkdir(parents=True)
+        (source / name).write_bytes((world / "photos" / name).read_bytes())
+    flags = [each for source in sources for each in ("--images", source)]
+    found = measured("analyze", "tokenizers", world / "codes", *flags, "--out", tmp_path / "out")
+    assert [row["images"] for row in found["rows"]] == [*map(str, sources)]
+    with Image.open(tmp_path / "out" / "tokenizers-grid.png") as grid:
+        assert grid.height == 4 * (64 + 4)  # of each its images and what becomes of them
+
+
+def test_all_sets_are_seen_to_be_there_before_one_is_measured(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[object] = []
+    monkeypatch.setattr(eval_tokenizer, "measure", lambda *given: measured.append(given))
+    for images, more in ((tmp_path / "none", ()), (world / "photos", ("--out", world / "photos" / "0.png"))):
+        flags = ("--images", SHAPES, "--images", images, *more)
+        result = hmar("analyze", "tokenizers", world / "codes", *flags)
+        assert result.exit_code == 2 and not measured, result.output
 
 
 @pytest.mark.parametrize(
