@@ -6,8 +6,9 @@ Letters: N images, L tokens of all scales, H W the image.
 import functools
 import hashlib
 import itertools
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from hmar_cli.builders import find_tokenizer, load_model, load_tokenizer
 from hmar_cli.checkpoints.store import Checkpoint
 from hmar_cli.console import progress, warn
+from hmar_cli.data.ahead import ordered_map
 from hmar_cli.data.cache import Cache
 from hmar_cli.data.images import Example, ImageSource, class_places
 from hmar_cli.data.sources import open_source
@@ -234,13 +236,18 @@ def _cut(
         reads, total = source.pick(chosen), len(chosen)
     else:
         reads, total = source.deferred(0, count or sys.maxsize), count
+
+    def decode(read: Callable[[], Example]) -> tuple[Example, Pixels | None]:
+        example = read()
+        return example, None if example.image is None else cut(example.image)
+
+    ready = ordered_map(decode, reads, min(16, os.cpu_count() or 1))
     with progress("encoding", total or None) as bar:
-        for read in reads:
-            example = read()
-            if example.image is None:
+        for example, pixels in ready:
+            if pixels is None:
                 broken.append(example)
             else:
-                yield cut(example.image), example.label
+                yield pixels, example.label
             bar.advance()
 
 

@@ -253,7 +253,9 @@ class Bench:
             return {}
         if self._reference is None:
             true = (as_tensor(list(self.pictures[part])) for part in self._parts())
-            self._reference = observe(true, self.extractor, name="originals", title="originals")
+            self._reference = observe(
+                true, self.extractor, count=len(self.pictures), name="originals", title="originals"
+            )
         found = observe(
             images,
             self.extractor,

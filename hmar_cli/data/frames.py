@@ -38,7 +38,7 @@ class FramedImages:
         crop: how they are scaled and cut.
         count: of the first images; 0 is all.
         batch_size: images at once.
-        workers: threads that decode.
+        workers: threads that decode; 0 for one a processor, up to 16.
         share: this process and how many there are; each takes its part of the batches.
         unreadable: images left out by this process.
         error: why the first of them was.
@@ -51,7 +51,7 @@ class FramedImages:
     crop: Crop = "adm"
     count: int = 0
     batch_size: int = 32
-    workers: int = 2
+    workers: int = 0
     share: Share = (0, 1)
     unreadable: int = 0
     error: str = ""

@@ -140,7 +140,7 @@ def score_images(
     *,
     count: int = 0,
     batch_size: int = 64,
-    workers: int = 2,
+    workers: int = 0,
     shown: int = 0,
     share: Share = (0, 1),
 ) -> PromptScores:
@@ -151,7 +151,7 @@ def score_images(
         source: images with captions, of which the first one of each image counts.
         count: of the first images; 0 is all.
         batch_size: images at once.
-        workers: threads that decode.
+        workers: threads that decode; 0 for one a processor, up to 16.
         shown: of the first images that are kept.
         share: this process and how many there are; each takes its part of the batches.
 
