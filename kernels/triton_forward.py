@@ -235,7 +235,8 @@ def forward_kernel(
     total = tl.zeros([M], tl.float32)
     top = tl.zeros([M], tl.float32)
     again = 1
-    if NORMALIZE and STEADY:  # weights relative to `top` are at most 2^64
+    # weights relative to `top` are at most 2^64, times 2^(temperature / 512) where queries are rounded to bfloat16
+    if NORMALIZE and STEADY:
         top += tl.maximum(tl.abs(temperature) - 64.0, 0.0)
         acc, total, top = _attend(
             acc, total, top, q_tile, k_rows, k_stride, v_rows, v_stride, column, norms, norms_start, low, high,

@@ -214,7 +214,7 @@ def before_unit(x: Tensor, scale: Tensor | None, gradient: Bounded, kept: Kept) 
 
     exact = factor * (gradient.exact - direction * (direction * gradient.exact).sum(-1, keepdim=True))
     size = gradient.exact.abs() + 2 * along(gradient.exact.abs())
-    error = factor * (gradient.error + along(gradient.error) + (x.shape[-1] + 8) * UNIT32 * size)
+    error = factor.abs() * (gradient.error + along(gradient.error) + (x.shape[-1] + 8) * UNIT32 * size)
     return Bounded(exact, error + kept(exact))
 
 

@@ -4,6 +4,7 @@ small inputs have several. `test_scale_attention` judges the operation with the 
 import dataclasses
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ if reason := unavailable(
 ):
     pytest.skip(f"compiled here, tests/gpu has its tests: {reason}", allow_module_level=True)
 
-from hmar_kernels import triton_attention
+from hmar_kernels import triton_attention, triton_forward
+from hmar_kernels.tiles import cut, query_spans
 from hmar_kernels.triton_attention import Setting, Settings
 
 PLAIN = Setting(16, 16)
@@ -84,12 +86,14 @@ def test_a_kernel_that_cannot_be_compiled_with_descriptors(monkeypatch: pytest.M
     triton_attention._launch.cache_clear()
 
 
+@pytest.mark.parametrize("scales", [(42.0, 100.0, -90.0, 1e-3), (1000.0, -1000.0, 1e-6, -5.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("way", ["pointers", "norms inside"])
-def test_the_largest_head_scales(way: str) -> None:
+def test_head_scales_of_any_size(way: str, dtype: torch.dtype, scales: tuple[float, ...]) -> None:
+    """In float16 there is no bound on the scores, but a running maximum throughout."""
     sides = (1, 3, 4)
-    qkv, grad, _ = inputs(sides, 1, 4)
-    scale = torch.tensor([42.0, 100.0, -90.0, 1e-3])
-    judge(WAYS[way], qkv, grad, scale, sides, "causal", 1.0)
+    qkv, grad, _ = inputs(sides, 1, 4, dtype=dtype)
+    judge(WAYS[way], qkv, grad, torch.tensor(scales), sides, "causal", 1.0)
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -111,6 +115,74 @@ def test_a_head_scale_of_zero() -> None:
     sides = (1, 3, 4)
     qkv, grad, _ = inputs(sides)
     judge(PLAIN, qkv, grad, torch.tensor([0.0, 2.0]), sides, "diagonal")
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """An entry for every tile that is computed once more, with a running maximum, as its kernel runs."""
+    found: list[bool] = []
+    attend = triton_forward._attend
+
+    def noted(*args: Any) -> Any:
+        given = dict(zip(attend.arg_names, args, strict=True))
+        found.extend([True] * (not given["STEADY"]))
+        return attend(*args)
+
+    monkeypatch.setattr(triton_forward, "_attend", noted)
+    return found
+
+
+def tiles(sides: tuple, setting: Setting, causal: bool) -> int:
+    """How many there are for one head."""
+    lengths = lengths_of(sides)
+    return len(cut(query_spans(lengths, sum(lengths), causal), setting.rows, setting.block))
+
+
+@pytest.mark.parametrize("way", ["pointers", "norms inside", "wide blocks", "tall tiles"])
+@pytest.mark.parametrize("pattern", ["causal", "diagonal"])
+def test_scores_far_below_their_bound(way: str, pattern: str, again: list[bool]) -> None:
+    """Every key lies opposite: relative to the bound the weights vanish, and all tiles are computed again."""
+    qkv, grad, _ = inputs(SIDES, 1, 1)
+    q, k, _ = qkv.unbind(2)
+    q.copy_(torch.nn.functional.normalize(q.abs(), dim=-1))
+    k.copy_(-q)
+    for scale, expected in ((44.0, 0), (110.0, tiles(SIDES, WAYS[way], pattern == "causal"))):
+        again.clear()
+        judge(WAYS[way], qkv, grad, torch.tensor([scale]), SIDES, pattern, 1.0)
+        assert len(again) == expected
+
+
+def test_one_row_of_a_tile_far_below_its_bound(again: list[bool]) -> None:
+    """Its tile alone is computed again; the rows beside it have weights near the bound."""
+    sides = (4, 8)
+    qkv, grad, _ = inputs(sides, 1, 1)
+    q, k, _ = qkv.unbind(2)
+    q.copy_(torch.nn.functional.normalize(q.abs(), dim=-1))
+    k.copy_(q)
+    for sign, expected in ((1, 0), (-1, 1)):
+        q[:, 30] *= sign
+        judge(PLAIN, qkv, grad, torch.tensor([110.0]), sides, "diagonal", 1.0)
+        assert len(again) == expected
+
+
+def test_queries_with_one_key_each(again: list[bool]) -> None:
+    """The key has all the weight, wherever its score lies below the bound."""
+    sides = (1,) * 7
+    qkv, grad, _ = inputs(sides, 2, 2)
+    judge(PLAIN, qkv, grad, torch.tensor([300.0, -300.0]), sides, "diagonal", 1.0)
+    assert again
+
+
+@pytest.mark.parametrize("scale", [30.0, 150.0, 1000.0])
+def test_rows_of_length_zero_under_large_head_scales(scale: float, again: list[bool]) -> None:
+    """Their scores are 0, far below the bound of a large scale."""
+    sides = (1, 2, 3)
+    qkv, grad, _ = inputs(sides, 1, 1)
+    qkv[:, 2:6, 0] = 0
+    qkv[:, 3, 1] = 0
+    qkv[:, 8:, 1] = 0
+    judge(PLAIN, qkv, grad, torch.tensor([scale]), sides, "diagonal", 1.0)
+    assert bool(again) == (scale > 100)
 
 
 @pytest.mark.parametrize("way", ["pointers", "descriptors"])
