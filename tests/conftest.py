@@ -3,7 +3,6 @@
 Without a GPU Triton's kernels run in its interpreter, which has to be known before anything imports Triton.
 """
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch
 
 from hmar_cli.settings import KlObjective, Msvq, MsvqObjective, Recipe
 
-sys.path.insert(0, str(Path(__file__).parent))  # for toy_runs.py
+sys.path.insert(0, str(Path(__file__).parent))  # for golden.py and toy_runs.py
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -64,10 +63,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [report for group in terminalreporter.stats.values() for report in group]
     if not any("parity/" in getattr(report, "nodeid", "") for report in reports):
         return
-    spec = importlib.util.spec_from_file_location("golden", Path(__file__).parent / "parity" / "golden.py")
-    assert spec is not None and spec.loader is not None
-    golden = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(golden)
+    import golden
+
     if unbuilt := golden.unbuilt():
         line = f"golden fixtures without a test, their family is not built yet: {', '.join(unbuilt)}"
         terminalreporter.write_line(line, yellow=True)

@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from toy_runs import FAMILIES
-from typer.testing import CliRunner
+from toy_runs import FAMILIES, hmar
 
 from hmar_cli import serving
-from hmar_cli.app import app
 from hmar_cli.builders import load_model
 from hmar_cli.checkpoints.store import open_checkpoint
 from hmar_cli.commands.drawing import conditions_for, resolve
@@ -170,10 +168,6 @@ def test_loopback() -> None:
         "me.example",
     ]
     assert [is_loopback(host) for host in hosts] == [True] * 5 + [False] * 4
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""Recipes of tiny models, caches of a tiny run, and processes to run it in."""
+"""Recipes of tiny models, caches of a tiny run, and ways to run it: as a command, or in processes of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from typer.testing import CliRunner, Result
 
+from hmar_cli.app import app
 from hmar_cli.builders import build_tokenizer
 from hmar_cli.checkpoints.store import save_checkpoint
 from hmar_cli.data.cache import CacheSettings
@@ -190,6 +193,31 @@ FAMILIES = {"var": VAR, "hmar": HMAR, "mar": MAR, "himar": HIMAR, "text": HIMAR 
 """Whole recipes that draw pictures of 16 px, of eight classes or of what a text says."""
 
 
+GOLDEN = {
+    family: f"""
+extends = "{family}-b"
+[data]
+{size}
+[model]
+encoder_depth = 2
+decoder_depth = 2
+width = 64
+heads = 4
+buffer_size = 4
+pivot_head_depth = 2
+pivot_head_width = 64
+dense_head_depth = 2
+dense_head_width = 64
+dense_head_heads = 4
+[sample]
+steps = 4
+pivot_steps = 16
+"""
+    for family, size in (("mar", "size = 64"), ("himar", "size = 128\npivot_size = 64"))
+}
+"""Recipes of the golden MAR and Hi-MAR."""
+
+
 def make_cache(
     folder: Path, recipe: Recipe, seed: int, class_names: tuple[str, ...] = (), images: int = IMAGES
 ) -> Path:
@@ -230,6 +258,11 @@ def make_cache(
     return folder
 
 
+def hmar(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(app, [str(each) for each in arguments], prog_name="hmar")
+
+
 def run_python(
     *arguments: str | Path, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -238,3 +271,36 @@ def run_python(
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / ".typing"), env.get("PYTHONPATH", "")])
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=ROOT)
+
+
+JOIN = """
+import sys
+from torch import distributed
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
+"""
+
+
+def run_two(code: str, *arguments: str | Path, timeout: float = 200) -> list[list[str]]:
+    """Run Python in two processes that are joined by Gloo; return the lines that each prints, Gloo's own too.
+
+    Args:
+        code: what follows `JOIN`: it knows `rank`, `distributed` and `sys`.
+        arguments: its `sys.argv[3:]`.
+        timeout: seconds.
+    """
+    code = f"{JOIN}{code}\ndistributed.destroy_process_group()\n"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), port, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    return [worker.communicate(timeout=timeout)[0].splitlines() for worker in workers]

@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from typer.testing import CliRunner
-
-from hmar_cli.app import app
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+from toy_runs import hmar
 
 
 def write_run(folder: Path, *rows: dict[str, Any]) -> Path:

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from toy_runs import FAMILIES
-from typer.testing import CliRunner
+from toy_runs import FAMILIES, hmar
 
 from hmar_cli import report
-from hmar_cli.app import app
 from hmar_cli.builders import load_model
 from hmar_cli.data.shapes import SHAPES
 from hmar_cli.pictures import picture as limits
@@ -24,12 +22,6 @@ from hmar_cli.sampling.editing import EditSettings
 from hmar_cli.settings import Recipe
 
 NAMES = ["var", "hmar", "mar", "himar"]
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
 SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]
 
 

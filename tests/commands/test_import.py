@@ -1,26 +1,20 @@
 """`hmar checkpoint import`: what does not belong together is refused, and nothing is written."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any, get_args
 
+import golden
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
+from toy_runs import hmar
 
-from hmar_cli.app import app
 from hmar_cli.commands.checkpoint import FormatName
 from hmar_cli.files import file_sha256
 from hmar_cli.imports import FORMATS
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"
 NAMES = {"var": "var-a", "next-scale": "hmar-nsp-a", "masked": "hmar-mp-a", "merged": "hmar-full-a"}
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_the_flag_offers_every_format() -> None:
@@ -28,21 +22,11 @@ def test_the_flag_offers_every_format() -> None:
 
 
 @pytest.fixture(scope="module")
-def golden() -> Any:
-    place = Path(__file__).parents[1] / "parity" / "golden.py"
-    spec = importlib.util.spec_from_file_location("golden", place)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def published(golden: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A published file of each kind, by name, and the scales that they share."""
     folder = tmp_path_factory.mktemp("published")
     for name, fixture in NAMES.items():
-        about, tensors = golden.load_fixture(FIXTURES / f"{fixture}.json")
+        about, tensors = golden.load_fixture(golden.folder() / f"{fixture}.json")
         state: dict[str, Tensor] = golden.part(tensors, "state.")
         own = {k: v for k, v in state.items() if not k.startswith("vae.")}
         torch.save(own, folder / f"{name}.pth")

@@ -1,45 +1,26 @@
 """From a published file to images, by the commands alone; greedy images must be the recorded ones."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import golden
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner
-
-from hmar_cli.app import app
-
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"
-
-
-def golden() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "golden", Path(__file__).parents[1] / "parity" / "golden.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+from toy_runs import hmar
 
 
 class World:
     """Published files of a fixture's models on disk, and the checkpoints imported from them."""
 
     def __init__(self, folder: Path, name: str, format: str) -> None:
-        module = golden()
-        self.about, self.tensors = module.load_fixture(FIXTURES / f"{name}.json")
-        state: dict[str, Tensor] = module.part(self.tensors, "state.")
+        self.about, self.tensors = golden.load_fixture(golden.folder() / f"{name}.json")
+        state: dict[str, Tensor] = golden.part(self.tensors, "state.")
         torch.save({k: v for k, v in state.items() if not k.startswith("vae.")}, folder / "model.pth")
-        torch.save(module.part(state, "vae."), folder / "vae.pth")
+        torch.save(golden.part(state, "vae."), folder / "vae.pth")
         sides = ",".join(map(str, self.about["config"]["vae"]["v_patch_nums"]))
         self.tokenizer, self.checkpoint = folder / "tokenizer", folder / "checkpoint"
         arguments = ("checkpoint", "import", folder / "vae.pth", "--format", "msvq", "--scales", sides)

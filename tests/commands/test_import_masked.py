@@ -1,39 +1,20 @@
 """`hmar checkpoint import` of MAR, Hi-MAR and KL-16, from files as their authors write them."""
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+import golden
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner
+from toy_runs import GOLDEN, hmar
 
-from hmar_cli.app import app
 from hmar_cli.builders import load_model, load_tokenizer
 from hmar_cli.checkpoints.published_masked import read_kl, read_masked
 from hmar_cli.checkpoints.store import open_checkpoint
 from hmar_cli.files import file_sha256
-
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "golden"
-MODEL = """
-encoder_depth = 2
-decoder_depth = 2
-width = 64
-heads = 4
-buffer_size = 4
-pivot_head_depth = 2
-pivot_head_width = 64
-dense_head_depth = 2
-dense_head_width = 64
-dense_head_heads = 4
-"""
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def bring(folder: Path, name: str, format: str, out: Path, *more: object) -> Any:
@@ -48,13 +29,7 @@ def refused(result: Any, *words: str) -> None:
 
 
 def fixture_state(name: str) -> dict[str, Tensor]:
-    place = Path(__file__).parents[1] / "parity" / "golden.py"
-    spec = importlib.util.spec_from_file_location("golden", place)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    _, tensors = module.load_fixture(FIXTURES / f"{name}.json")
-    found: dict[str, Tensor] = module.part(tensors, "state.")
+    found: dict[str, Tensor] = golden.part(golden.load_fixture(golden.folder() / f"{name}.json")[1], "state.")
     return found
 
 
@@ -63,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Published files: kl16.ckpt, and a training checkpoint of each model with recipes of their sizes."""
     folder = tmp_path_factory.mktemp("published")
     torch.save({"model": fixture_state("klvae-a") | {"loss.logvar": torch.zeros(())}}, folder / "kl16.ckpt")
-    for family, pixels in (("mar", 64), ("himar", 128)):
+    for family in GOLDEN:
         state = fixture_state(f"{family}-a")
         content = {
             "model": state,
@@ -74,11 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         torch.save(content, folder / f"{family}.pth")
         torch.save(state, folder / f"{family}-plain.pth")
-        sizes = f"size = {pixels}\n" + (f"pivot_size = {pixels // 2}\n" if family == "himar" else "")
-        text = (
-            f'extends = "{family}-b"\n[data]\n{sizes}[model]\n{MODEL}[sample]\nsteps = 4\npivot_steps = 16\n'
-        )
-        (folder / f"{family}.toml").write_text(text)
+        (folder / f"{family}.toml").write_text(GOLDEN[family])
     return folder
 
 

@@ -9,10 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from toy_runs import JOINT_TEXT, KL, MASKED_AR, NO_PIVOTS
-from typer.testing import CliRunner
-
-from hmar_cli.app import app
+from toy_runs import JOINT_TEXT, KL, MASKED_AR, NO_PIVOTS, hmar
 
 TOKENIZER = f"""
 [data]
@@ -58,10 +55,6 @@ pivot_head_steps = 4
 """
 TEXT = f'extends = "./himar.toml"\n{JOINT_TEXT}'
 MAR = f'extends = "./himar.toml"\n[model]\n{NO_PIVOTS}'
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def done(*arguments: object) -> Any:

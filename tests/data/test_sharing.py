@@ -1,11 +1,7 @@
 """Processes share the batches of a source."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
+from toy_runs import run_two
 
 from hmar_cli.data.images import Example
 from hmar_cli.data.sharing import _share_of, gather, once, own_share, shared_batches
@@ -43,30 +39,12 @@ def test_a_process_alone_does_all() -> None:
 
 
 WORKER = """
-import sys
-from torch import distributed
 from hmar_cli.data.sharing import once
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
 print(once(lambda: print("made") or f"by {rank}"))
-distributed.destroy_process_group()
 """
 
 
 def test_what_one_process_makes_all_have() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), port],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    printed = [worker.communicate(timeout=200)[0].split("\n") for worker in workers]
+    printed = run_two(WORKER)
     assert [lines.count("made") for lines in printed] == [1, 0]
     assert all("by 0" in lines for lines in printed)

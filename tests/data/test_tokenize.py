@@ -12,10 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from test_cache import contents, flip_last_bit
-from toy_runs import MSVQ
-from typer.testing import CliRunner, Result
+from toy_runs import MSVQ, hmar
+from typer.testing import Result
 
-from hmar_cli.app import app
 from hmar_cli.builders import build_tokenizer, load_tokenizer
 from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint
 from hmar_cli.data.cache import Cache
@@ -37,10 +36,6 @@ mirror = false
 kind = "msvq"
 perceptual = "none"
 """
-
-
-def hmar(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def summary_of(result: Result) -> dict[str, Any]:

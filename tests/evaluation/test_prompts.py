@@ -1,10 +1,6 @@
 """Cosines of images and prompts: which image meets which prompt, alone and in several processes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toy_runs import run_two
 
 from hmar_cli.data.images import Example, ImageSource, unusable
 from hmar_cli.errors import UserError
@@ -67,36 +64,17 @@ def test_images_without_prompts() -> None:
 
 
 WORKER = """
-import json, sys
+import json
 sys.path.insert(0, sys.argv[3])
-import torch
-from torch import distributed
 from test_prompts import Grey, judge, score_images
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
 own = score_images(judge(), Grey(), batch_size=2, share=(rank, 2))
 found = own.gather()
 print(json.dumps([len(own.cosines), list(found.cosines.items()), found.prompts, found.unreadable, found.error]))
-distributed.destroy_process_group()
 """
 
 
 def test_two_processes_find_what_one_finds() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), port, str(Path(__file__).parent)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    printed = [json.loads(worker.communicate(timeout=200)[0].splitlines()[-1]) for worker in workers]
+    printed = [json.loads(lines[-1]) for lines in run_two(WORKER, Path(__file__).parent)]
     assert [parts[0] for parts in printed] == [3, 3]  # images 0 2 (4) 6, and 1 3 5
     expected = [[index, value] for index, value in EXPECTED.items()]
     for parts in printed:

@@ -10,28 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from toy_runs import FAMILIES, HIMAR, HMAR_REST, MAR, NEXT_SCALE, VAR
-from typer.testing import CliRunner
+from toy_runs import FAMILIES, GOLDEN, HIMAR, HMAR_REST, MAR, NEXT_SCALE, VAR, hmar
 
-from hmar_cli.app import app
 from hmar_cli.builders import build_image_network
 from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint
 from hmar_cli.recipe import load_recipe
 from hmar_cli.settings import Recipe
 
-MODEL = """
-encoder_depth = 2
-decoder_depth = 2
-width = 64
-heads = 4
-buffer_size = 4
-pivot_head_depth = 2
-pivot_head_width = 64
-dense_head_depth = 2
-dense_head_width = 64
-dense_head_heads = 4
-"""
-SIZES = {"mar": "size = 64", "himar": "size = 128\npivot_size = 64"}
 PUBLISHED = {
     "msvq": "msvq",
     "var": "var",
@@ -45,10 +30,6 @@ PUBLISHED = {
 """The import format of each family of fixtures."""
 COUNTED = "quantize.ema_vocab_hit_SV"
 """How often training met each code: import leaves it out, and export writes zeros."""
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def done(*arguments: object) -> Any:
@@ -75,9 +56,8 @@ def test_a_published_file_comes_back(path: Path, tmp_path: Path) -> None:
     family, config = about["family"], about["config"]
     torch.save(state, tmp_path / "in.pth")
     flags: list[object] = ["--format", PUBLISHED[family], "--out", tmp_path / "run"]
-    if family in SIZES:
-        text = f'extends = "{family}-b"\n[data]\n{SIZES[family]}\n[model]\n{MODEL}'
-        (tmp_path / "tiny.toml").write_text(text + "[sample]\nsteps = 4\npivot_steps = 16\n")
+    if family in GOLDEN:
+        (tmp_path / "tiny.toml").write_text(GOLDEN[family])
         flags += ["--recipe", tmp_path / "tiny.toml"]
     elif family != "klvae":
         flags += ["--scales", ",".join(map(str, config["vae"]["v_patch_nums"]))]

@@ -9,10 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from toy_runs import make_cache
-from typer.testing import CliRunner
+from toy_runs import hmar, make_cache
 
-from hmar_cli.app import app
 from hmar_cli.builders import load_model, load_tokenizer
 from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint, step_folder
 from hmar_cli.recipe import load_recipe
@@ -20,10 +18,6 @@ from hmar_cli.runs import initialize
 from hmar_cli.training.logging import read_rows
 
 SHORT = ("--set", "train.steps=2", "--set", "train.save_every=2", "--device", "cpu")
-
-
-def hmar(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 def train(toys, *arguments):

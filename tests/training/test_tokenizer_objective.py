@@ -2,12 +2,9 @@
 
 import copy
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import torch
+from toy_runs import run_two
 
 from hmar_cli.evaluation.reconstruction import evaluate_tokenizer
 from hmar_cli.models.scales import Scales
@@ -193,15 +190,12 @@ def test_compilation_reaches_what_training_calls(monkeypatch):
 
 
 WORKER = """
-import json, sys
+import json
 import torch
-from torch import distributed
 from hmar_cli.models.scales import Scales
 from hmar_cli.tokenizers.msvq import Quantized
 from hmar_cli.training.tokenizer import CodeUsage
 
-rank = int(sys.argv[1])
-distributed.init_process_group("gloo", f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
 usage, codebook = CodeUsage(Scales.of([1, 2, 4]), 4, window=2, revive_after=2), torch.zeros(4, 4)
 for step in (1, 2):
     tokens = torch.full((1, 21), rank)  # process 0 uses code 0, process 1 code 1
@@ -210,26 +204,11 @@ for step in (1, 2):
     usage.step()
     usage.revive(codebook, step)
 print(json.dumps([codebook.tolist(), usage.shares()[1].tolist()]))
-distributed.destroy_process_group()
 """
 
 
 def test_two_processes_agree_on_usage_and_revival():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), port],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    printed = [worker.communicate(timeout=120)[0].splitlines() for worker in workers]
-    (codebook, share), other = (json.loads(lines[-1]) for lines in printed)  # Gloo may print before
+    (codebook, share), other = (json.loads(lines[-1]) for lines in run_two(WORKER))
     assert [codebook, share] == other
     assert share == [0.5, 0.5, 0.5]
     assert codebook[0] == codebook[1] == [0, 0, 0, 0]

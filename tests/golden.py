@@ -27,12 +27,12 @@ FAMILIES = (
     "sincos",
     "schedules",
 )
-"""The families that tests of this folder cover; fixtures of others are listed in the test summary."""
+"""The families that the parity tests cover; fixtures of others are listed in the test summary."""
 
 
 def folder() -> Path:
     """Where the fixtures lie: $HMAR_GOLDEN, or the copies of this repository."""
-    return Path(os.environ.get("HMAR_GOLDEN") or Path(__file__).parents[1] / "fixtures" / "golden")
+    return Path(os.environ.get("HMAR_GOLDEN") or Path(__file__).parent / "fixtures" / "golden")
 
 
 @cache
