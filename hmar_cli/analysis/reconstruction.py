@@ -108,7 +108,7 @@ def half_masked(subjects: Sequence[Subject], held_out: HeldOut, *, share: float,
     First the tokenizer alone; then of each model next-scale prediction, which chooses every token of a scale given
     the true coarser scales; then of each with a masked branch masked prediction, which chooses a share of every
     scale's tokens given the others and the true coarser scales. Last, chance: the same tokens taken from the next
-    image. The first scale is never masked.
+    image, if there is another. The first scale is never masked.
 
     Args:
         subjects: models of one tokenizer.
@@ -132,7 +132,7 @@ def half_masked(subjects: Sequence[Subject], held_out: HeldOut, *, share: float,
         whole,
         *(_guess(subject, held_out, "next-scale", None) for subject in subjects),
         *(_guess(subject, held_out, "masked", masks) for subject in branched),
-        *([other] if branched else []),
+        *([other] if branched and len(held_out.tokens) > 1 else []),
     ]
 
 

@@ -122,16 +122,33 @@ def describe_model(recipe: Recipe) -> dict[str, Cell]:
     return {**about, "parameters": model_parameters(recipe)}
 
 
-def spreads(outcomes: Sequence[Outcome], columns: Sequence[str]) -> dict[str, Any]:
-    """Mean and sample standard deviation of each column over the trials of each model, by the models' names."""
+def spreads(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Mean and sample standard deviation of each number over the trials of each model, by the models' names."""
     found: dict[str, Any] = {}
     for name, own in _by_model(outcomes).items():
         found[name] = {}
-        for column in columns:
-            values = [float(each.cells[column] or 0) for each in own]
+        for column in (key for key in own[0].cells if not key.endswith("±")):
+            values = [float(cell) for each in own if (cell := each.cells.get(column)) is not None]
+            if not values:
+                continue
             spread = stdev(values) if len(values) > 1 else None
             found[name][column] = {"mean": mean(values), "spread": spread, "trials": len(values)}
     return found
+
+
+def spreads_in_words(found: Mapping[str, Any]) -> list[str]:
+    """What `spreads` found, a line a model."""
+
+    def words(column: str, each: Mapping[str, Any]) -> str:
+        spread = "" if each["spread"] is None else f" ± {each['spread']:.2g}"
+        return f"{column} {each['mean']:.4g}{spread}"
+
+    lines = []
+    for name, own in found.items():
+        trials = max(each["trials"] for each in own.values())
+        numbers = ", ".join(words(column, each) for column, each in own.items())
+        lines.append(f"{name}, mean of {trials} training{'s' * (trials > 1)}: {numbers}")
+    return lines
 
 
 def _by_model(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:

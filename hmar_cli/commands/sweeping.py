@@ -151,13 +151,13 @@ def carry_out(
 def publish(study: Study, judge: "Judge", outcomes: "Sequence[Outcome]", out: Path, flags: Flags) -> None:
     """Write the files and print the table; where models were trained several times, also means and spreads."""
     from hmar_cli.analysis.results import publish_analysis
-    from hmar_cli.analysis.studies import TRAINING_SEED, spreads
+    from hmar_cli.analysis.studies import TRAINING_SEED, spreads, spreads_in_words
     from hmar_cli.evaluation.reports import versions
 
     columns = judge.columns(flags.count)
     rows = [study.row(each) if study.row else each.row for each in outcomes]
     repeated = any(each.trial.varied == TRAINING_SEED for each in outcomes)
-    summary = spreads(outcomes, list(columns)) if repeated else None
+    summary = spreads(outcomes) if repeated else {}
     models = {each.trial.candidate.checkpoint.folder: each.trial.candidate for each in outcomes}
     settings = {
         "judge": judge.describe(),
@@ -174,6 +174,7 @@ def publish(study: Study, judge: "Judge", outcomes: "Sequence[Outcome]", out: Pa
         as_json=flags.as_json,
         tiles={each.trial.title: list(each.shown) for each in outcomes},
         summary=summary,
+        notes=spreads_in_words(summary),
     )
 
 

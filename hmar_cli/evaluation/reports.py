@@ -230,7 +230,7 @@ def comparable_metrics(reports: Mapping[str, Report], wanted: Sequence[str] = ()
                 f"{lacking} has no {', '.join(lacks)}, by which it was to be compared",
                 f"compare by what all have: --metrics {','.join(shared)}"
                 if shared
-                else "they share no metric",
+                else "they share no metric: compare what was measured alike",
             )
     if not metrics:
         raise UserError(f"{names[0]} holds no metric", "measure some with `hmar eval samples`")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hmar_cli.analysis import reconstruction as analysis
-from hmar_cli.analysis.held_out import HeldOut, Subject
+from hmar_cli.analysis.held_out import HeldOut, Subject, read_held_out
 from hmar_cli.analysis.reconstruction import (
     Bench,
     Version,
@@ -149,6 +149,13 @@ def test_without_an_extractor_there_is_no_distance(load: Load, held_out: HeldOut
     assert all(list(row) == ["model", "task", "accuracy", "psnr"] for row in rows)
     assert {len(tiles) for tiles in shown.values()} == {7}
     assert len(half_masked_figure(rows).axes) == 2
+
+
+def test_one_picture_has_no_other_to_take_tokens_from(load: Load) -> None:
+    codec = load("var").codec
+    alone = read_held_out("builtin:shapes?count=1", codec, count=1, batch_size=1, pictures=True)
+    labels = [each.label for each in half_masked([load("masked")], alone, share=0.5, seed=0)]
+    assert labels == ["tokenizer", "masked, next-scale", "masked, masked"]
 
 
 def test_a_panel_for_each_number(load: Load, held_out: HeldOut, means: Extractor) -> None:

@@ -23,6 +23,7 @@ from hmar_cli.analysis.studies import (
     refinement_values,
     speed_values,
     spreads,
+    spreads_in_words,
     with_extra_pass,
 )
 from hmar_cli.analysis.sweep import RATE, SECONDS, Candidate, Outcome, Painter, Trial
@@ -168,9 +169,15 @@ def test_refinement_stands_beside_the_schedule_as_it_is() -> None:
 def test_an_ablation_shows_means_and_every_seed() -> None:
     rows = [outcome("mar", TRAINING_SEED, seed, fid, recipe="mar-b") for seed, fid in ((0, 4.0), (1, 7.0))]
     rows.append(outcome("himar", TRAINING_SEED, 0, 2.0))
-    found = spreads(rows, [FID])
+    found = spreads(rows)
+    assert list(found["mar"]) == [FID, IS, SECONDS, RATE]  # no spread of a spread
     assert found["mar"][FID] == {"mean": 5.5, "spread": pytest.approx(math.sqrt(4.5)), "trials": 2}
     assert found["himar"][FID] == {"mean": 2.0, "spread": None, "trials": 1}
+    mar, himar = spreads_in_words(found)
+    assert mar.startswith(f"mar, mean of 2 trainings: {FID} 5.5 ± 2.1, {IS} 94.5 ± 2.1, ")
+    assert himar.startswith(f"himar, mean of 1 training: {FID} 2, {IS} 98, ")
+    undrawn = replace(rows[0], cells=rows[0].cells | {SECONDS: None})
+    assert spreads([undrawn, rows[1]])["mar"][SECONDS] == {"mean": 0.1, "spread": None, "trials": 1}
     (panel,) = draw_ablation(rows, {FID: "lower is better"}).axes
     assert [bar.get_width() for bar in panel.patches] == [5.5, 2.0]
     assert [list(line.get_xdata()) for line in panel.lines] == [[4.0, 7.0]]
