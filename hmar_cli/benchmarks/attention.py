@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from hmar_kernels import unavailable
 from torch import Tensor
 
 from hmar_cli.benchmarks.cases import Case
-from hmar_cli.benchmarks.correctness import DTYPES, Finding, Judge, attend, draw_inputs
+from hmar_cli.benchmarks.correctness import DTYPES, Finding, Judge, attend, draw_inputs, reason_against
 from hmar_cli.benchmarks.timing import Timing, peak_memory, time_calls
 from hmar_cli.errors import first_line
 
@@ -114,14 +113,7 @@ def measure(
         judge: Judge | None = None
         for name in implementations:
             row = Row(case=case, implementation=name, least_bytes=_least_bytes(case, directions))
-            reason = unavailable(
-                name,
-                device=device,
-                dtype=DTYPES[case.dtype],
-                head_size=case.head_size,
-                pattern="causal" if case.pattern == "causal" else "diagonal",
-            )
-            if reason:
+            if reason := reason_against(case, name, device):
                 row.status, row.detail = "unavailable", reason
                 yield row
                 continue

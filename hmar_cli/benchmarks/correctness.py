@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from hmar_kernels import scale_attention
+from hmar_kernels import scale_attention, unavailable
 from torch import Tensor
 
 from hmar_cli.benchmarks.cases import Case
@@ -177,6 +177,17 @@ def attend(case: Case, implementation: str, qkv: Tensor, head_scale: Tensor | No
         softmax_scale=softmax_scale(case),
         head_scale=head_scale,
         implementation=implementation,
+    )
+
+
+def reason_against(case: Case, implementation: str, device: torch.device) -> str | None:
+    """Why an implementation, by name, cannot run a case, in one line; None where it can."""
+    return unavailable(
+        implementation,
+        device=device,
+        dtype=DTYPES[case.dtype],
+        head_size=case.head_size,
+        pattern="causal" if case.pattern == "causal" else "diagonal",
     )
 
 

@@ -21,7 +21,7 @@ from hmar_cli.benchmarks.cases import (
     lengths_by_steps,
     visible_pairs,
 )
-from hmar_cli.benchmarks.correctness import DTYPES
+from hmar_cli.benchmarks.correctness import DTYPES, reason_against
 from hmar_cli.benchmarks.sampling import measure_sampling
 from hmar_cli.benchmarks.timing import describe_device
 from hmar_cli.benchmarks.train_step import measure_steps
@@ -131,7 +131,7 @@ def _noted(rows: Iterator[Any], bar: Bar, say: Callable[[Any], str]) -> Iterator
 def _say_row(row: Row) -> str:
     """A row in a few words."""
     times = ", ".join(f"{direction} {timing.median:.4g} ms" for direction, timing in row.times.items())
-    return f"{row.implementation}, {row.case.pattern} {row.case.name}: {times or row.status}"
+    return f"{row.implementation}, {row.case.pattern} {row.case.name}: {times or row.status} ({row.case.shape()})"
 
 
 def _say_step(row: dict[str, Any]) -> str:
@@ -254,7 +254,7 @@ def run_tuning(cases: Sequence[Case], device: torch.device, out: Path) -> Outcom
     """Look for better tiles of the Triton kernels, and write what was found to `tune.json`.
 
     Raises:
-        UserError: no GPU, or no Triton.
+        UserError: no GPU, no Triton, or shapes that the kernels don't serve.
     """
     if device.type != "cuda":
         raise UserError("--tune needs a GPU, and none is visible to PyTorch", "leave it out")
@@ -262,6 +262,9 @@ def run_tuning(cases: Sequence[Case], device: torch.device, out: Path) -> Outcom
         tune = importlib.import_module("hmar_kernels.triton_attention").tune
     except (ImportError, AttributeError) as error:
         raise UserError(f"--tune: Triton's kernels cannot be tuned: {error}", "install triton") from error
+    for case in cases:
+        if reason := reason_against(case, "triton", device):
+            raise UserError(f"--tune: {reason}", "choose other shapes")
     outcome = Outcome(_document(device, rows=[]), files=[out / "tune.json"])
     rows = outcome.document["rows"]
     with _until_interrupted(outcome), progress("tuning", len(cases), "shapes") as bar:
@@ -280,8 +283,6 @@ def run_tuning(cases: Sequence[Case], device: torch.device, out: Path) -> Outcom
             rows.append({**case.describe(), "found": found})
             write_json(outcome.files[0], outcome.document)
             bar.advance()
-    outcome.rows = [
-        {"case": row["name"], "pattern": row["pattern"], "found": str(row["found"])} for row in rows
-    ]
-    outcome.tables = [tables.plain_table(outcome.rows)]
+    write_json(outcome.files[0], outcome.document)
+    outcome.rows, outcome.tables = rows, [tables.tuning_table(rows)]
     return outcome

@@ -129,6 +129,31 @@ def sampling_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def tuning_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A table of settings of the Triton kernels: those in use and the fastest, a kernel a line."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for header in ("pattern", "scales", "shape", "kernel", "in use ms", "fastest ms", "fastest"):
+        table.add_column(header, justify="right" if header.endswith("ms") else "left")
+    for row in rows:
+        shape = f"B{row['batch']} H{row['heads']} D{row['head_size']}, {row['dtype']}"
+        for kernel, used in row["found"]["chosen"].items():
+            ranked = row["found"][kernel]
+            times = [f"{each['ms']:.4g}" for each in ranked]
+            in_use = [text for text, each in zip(times, ranked, strict=True) if each == each | used]
+            table.add_row(
+                row["pattern"], row["name"], shape + (", normalised" if row["normalised"] else ""), kernel,
+                "".join(in_use[:1]), "".join(times[:1]), _say_setting(ranked[0]) if ranked else "none compiles",
+            )  # fmt: skip
+    return table
+
+
+def _say_setting(setting: Mapping[str, Any]) -> str:
+    """A setting in a few words."""
+    words = ["{rows}x{block}, {warps} warps, {stages} stages".format(**setting)]
+    words += [name for name in ("bulk", "inline") if setting[name]]
+    return ", ".join(words + [f"{setting['registers']} registers"] * bool(setting["registers"]))
+
+
 def plain_table(rows: Sequence[Mapping[str, object]]) -> Table:
     """A table of numbers, a column for each key."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))

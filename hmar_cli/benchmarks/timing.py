@@ -61,7 +61,7 @@ def time_calls(
         _wait(device)
         walls.append(time.perf_counter() - start)
     host = [min(each) for each in zip(*hosts, strict=True)]
-    repeats = min(max(math.ceil(seconds / max(min(walls), 1e-9)), FEWEST), MOST)
+    repeats = math.ceil(min(max(seconds / max(min(walls), 1e-9), FEWEST), MOST))
     if device.type == "cuda":
         turns = _events(turn, numbers, repeats, device, 1.5 * sum(host) + 0.05 if ahead else 0.0)
     else:

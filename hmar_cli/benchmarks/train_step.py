@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from hmar_kernels import unavailable
 
 from hmar_cli.benchmarks.attention import failure, say, tidy
 from hmar_cli.benchmarks.cases import RESOLUTIONS, Case
-from hmar_cli.benchmarks.correctness import DTYPES, Judge, attend
+from hmar_cli.benchmarks.correctness import Judge, attend, reason_against
 from hmar_cli.benchmarks.timing import time_calls
 from hmar_cli.builders import build_model, build_objective, build_tokenizer
 from hmar_cli.errors import UserError
@@ -127,14 +126,7 @@ def _measure_one(
     precision = recipe.train.precision
     dtype = "bf16" if precision == "bf16" or (precision == "auto" and device.type == "cuda") else "fp32"
     case = _case(recipe, dtype)
-    reason = unavailable(
-        implementation,
-        device=device,
-        dtype=DTYPES[dtype],
-        head_size=case.head_size,
-        pattern="causal" if case.pattern == "causal" else "diagonal",
-    )
-    if reason:
+    if reason := reason_against(case, implementation, device):
         return {"status": "unavailable", "detail": reason}
     judge = Judge(case, device, seed)
     findings = judge.check(lambda qkv, head_scale: attend(case, implementation, qkv, head_scale))

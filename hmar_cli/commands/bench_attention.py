@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hmar_cli.commands import drawing
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,12 +38,25 @@ bar chart for each pattern. Ctrl-C ends it with what was measured. Without a GPU
 """
 
 
+EVERYWHERE = {"out", "device", "as_json"}
+TAKES = {
+    "train_step": {"implementations", "batch", "compiled", "seconds", "seed"},
+    "sequence_lengths": {"resolutions"},
+    "patterns": {"resolutions", "sides", "preset"},
+    "tune": {
+        *("resolutions", "sides", "pattern", "dtypes", "batch", "heads", "head_size", "normalise", "preset"),
+    },
+}
+"""What goes with each flag that does something else instead."""
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
     app.command("bench-attention", help=EXAMPLES)(bench_attention)
 
 
 def bench_attention(
+    ctx: typer.Context,
     resolutions: Annotated[str, typer.Option(help="Pixels, of 256,512,1024: the papers' scale lists.")] = "",
     sides: Annotated[
         list[str] | None, typer.Option(help="A scale list of your own, such as 1,2,3x4; may be repeated.")
@@ -78,6 +92,7 @@ def bench_attention(
     from hmar_cli.benchmarks.cases import change
     from hmar_cli.launch import choose_device
 
+    check_flags(ctx)
     place = choose_device(device)
     grid = change(
         base_grid(preset, place),
@@ -107,6 +122,22 @@ def bench_attention(
         directions = [d for d, asked in (("forward", forward), ("backward", backward)) if asked]
         done["speed"] = time_attention(grid, names, directions or ["forward", "backward"], timing)
     conclude(done, as_json)
+
+
+def check_flags(ctx: typer.Context) -> None:
+    """Refuse flags that would have no effect.
+
+    Raises:
+        UserError: one that goes with attention's speed beside one that asks for something else, or the reverse.
+    """
+    given = drawing.given(ctx)
+    if chosen := [name for name in given if name in TAKES]:
+        known = EVERYWHERE.union(chosen, *(TAKES[name] for name in chosen))
+        if foreign := [flag for name, flag in given.items() if name not in known]:
+            flags = " and ".join(given[name] for name in chosen)
+            raise UserError(f"no use for {', '.join(foreign)} beside {flags}", "leave one of them out")
+    elif "compiled" in given:
+        raise UserError("no use for --compile or --no-compile without --train-step", "leave it out")
 
 
 def base_grid(preset: str, device: "torch.device") -> "Grid":

@@ -245,14 +245,8 @@ def check_served(ctx: typer.Context) -> None:
     Raises:
         UserError: flags or a picture beside --serve that would have no effect.
     """
-    given = [
-        name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if foreign := [name for name in given if name not in SERVED]:
-        flags = {each.name: (each.opts or each.secondary_opts)[-1] for each in ctx.command.params}
-        raise UserError(
-            f"--serve takes no {', '.join(flags[name] for name in foreign)}", "choose it on the page"
-        )
+    if foreign := [flag for name, flag in drawing.given(ctx).items() if name not in SERVED]:
+        raise UserError(f"--serve takes no {', '.join(foreign)}", "choose it on the page")
 
 
 def open_studio(

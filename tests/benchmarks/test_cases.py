@@ -128,3 +128,5 @@ def test_calls_of_a_turn_are_timed_apart() -> None:
     short, long = time_calls(turn, CPU, 0.0)  # type: ignore[arg-type]
     assert turns == list(range(len(turns))) and short.repeats == long.repeats == 10
     assert long.median > 5 * short.median and short.p10 <= short.median <= short.p90
+    (endless,) = time_calls(lambda _: [lambda: None], CPU, float("inf"))
+    assert endless.repeats == 200

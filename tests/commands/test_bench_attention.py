@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hmar_kernels.masked
@@ -18,9 +19,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
-from hmar_cli.benchmarks import attention
+from hmar_cli.benchmarks import attention, run
 from hmar_cli.benchmarks.run import TIMED
 from hmar_cli.commands.bench_attention import base_grid
+from hmar_cli.errors import UserError
 
 TINY = (
     "--sides",
@@ -57,6 +59,7 @@ def test_attention_is_checked_timed_and_drawn(tmp_path: Path) -> None:
     result = hmar(*TINY, *names, "--dtypes", "fp32,bf16", "--out", tmp_path, "--json")
     assert result.exit_code == 0, result.output
     assert "no GPU" in result.stderr and "masked, diagonal 1,2,3x4: forward " in result.stderr
+    assert " ms (B2 H2 D16, bf16, normalised)\n" in result.stderr
     document = json.loads(result.stdout)["speed"]
     assert document == json.loads((tmp_path / "speed.json").read_text())
     assert document["complete"] and "4 D per visible pair" in document["flop_model"]
@@ -224,6 +227,42 @@ def test_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "median_ms" not in row
 
 
+def test_tuning_says_what_is_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what is in use; Ctrl-C keeps the shapes that were measured."""
+    slow = {"rows": 64, "block": 32, "warps": 4, "stages": 3, "bulk": True, "inline": False, "registers": 128}
+    fast = slow | {"rows": 128, "inline": True, "registers": 0}
+    found = {"chosen": {"forward": slow, "keys": slow}}
+    found |= {"forward": [{"ms": 0.25, **fast}, {"ms": 0.5, **slow}], "keys": []}
+    answers = iter([found])
+
+    def tune(*_: Any, **settings: Any) -> dict[str, Any]:
+        assert settings["dtype"] == torch.bfloat16 and settings["normalized"]
+        for answer in answers:
+            return answer
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "hmar_kernels.triton_attention", SimpleNamespace(tune=tune))
+    monkeypatch.setattr(run, "describe_device", lambda _: {"device": "a GPU"})
+    monkeypatch.setattr(run, "reason_against", lambda *_: None)
+    cases = base_grid("", torch.device("cuda")).cases()
+    outcome = run.run_tuning(cases[:2], torch.device("cuda"), tmp_path)
+    assert outcome.interrupted
+    document = json.loads((tmp_path / "tune.json").read_text())
+    assert not document["complete"] and document["rows"][0]["found"] == found
+    (table,) = outcome.tables
+    lines = [[column._cells[i] for column in table.columns] for i in range(2)]
+    head = ["diagonal", "256 px", "B16 H24 D64, bf16, normalised"]
+    assert lines == [
+        [*head, "forward", "0.5", "0.25", "128x32, 4 warps, 3 stages, bulk, inline"],
+        [*head, "keys", "", "", "none compiles"],
+    ]
+    outcome = run.run_tuning(cases[:2], torch.device("cuda"), tmp_path)
+    assert outcome.interrupted and outcome.tables[0].row_count == 0
+    monkeypatch.setattr(run, "reason_against", lambda *_: "heads of 40")
+    with pytest.raises(UserError, match="heads of 40"):
+        run.run_tuning(cases, torch.device("cuda"), tmp_path)
+
+
 def test_sequence_lengths(tmp_path: Path) -> None:
     result = hmar("--sequence-lengths", "--resolutions", "256,512", "--out", tmp_path, "--json")
     assert result.exit_code == 0, result.output
@@ -285,6 +324,13 @@ def test_mistakes_are_one_line_and_a_hint(tmp_path: Path) -> None:
         "trains no next-scale model": ("--train-step", "mar-tiny"),
         "hmar-d17": ("--train-step", "hmar-d17"),
         "Invalid value for --batch": ("--batch", "-1"),
+        "no use for --sides, --forward beside --train-step": (
+            *("--train-step", "hmar-tiny", "--sides", "1,2", "--forward"),
+        ),
+        "no use for --heads beside --patterns and --sequence-lengths": (
+            *("--patterns", "--sequence-lengths", "--sides", "1,2", "--heads", "3"),
+        ),
+        "no use for --compile or --no-compile without --train-step": ("--no-compile",),
     }
     for message, arguments in cases.items():
         result = hmar(*arguments, "--out", tmp_path / "out")
