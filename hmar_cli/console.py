@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-console = Console(stderr=True, soft_wrap=True)
+console = Console(stderr=True, soft_wrap=True, markup=False)  # "FID[classifier]" is no markup
 
 WIDE = 400
 """Most letters in a line of a table where no terminal says how many there are."""
@@ -29,7 +28,7 @@ WIDE = 400
 
 def warn(text: str) -> None:
     """Say what makes a result doubtful."""
-    console.print("[yellow]warning:[/]", escape(text), highlight=False)
+    console.print(Text("warning:", "yellow"), text, highlight=False)
 
 
 def print_table(
@@ -89,14 +88,14 @@ def progress(
 ) -> Iterator[Bar]:
     """Show a bar with count, rate, elapsed time and ETA while the block runs, or only its handle."""
     bar = Progress(
-        TextColumn("[progress.description]{task.description}"),
+        TextColumn("{task.description}", style="progress.description", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         Rate(unit),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
         disable=not shown,
     )

@@ -351,6 +351,7 @@ def test_an_ablation_trains_its_rows_and_keeps_them(
     assert len(read) == 2  # by each command once, before the training
     for result in results:
         assert result.exit_code == 0, result.output
+        assert "toy, mean of 2 trainings: FID[classifier-tiny]-6 " in result.stderr
     first, second = (json.loads(result.stdout) for result in results)
     assert first == second  # the second found its runs and its trials
     name = "FID[classifier-tiny]-6"
