@@ -4,6 +4,7 @@ What draws them raises FloatingPointError where they are not finite.
 """
 
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,13 +36,13 @@ HEAD_STEPS = 12
 
 
 def reconstruction_preview(recipe: Recipe, source: ImageSource) -> Preview:
-    """Rows of images above their reconstructions."""
+    """Rows of images above their reconstructions, the first that can be used."""
 
     def draw(model: nn.Module) -> "Image":
         assert isinstance(model, MultiScaleVQ | KlAutoencoder)
         cut = image_transform(recipe.data.size, recipe.data.crop, train=False)
-        examples = source.read(0, min(IMAGES, len(source)))
-        pixels = [cut(example.image) for example in examples if example.image is not None]
+        usable = (cut(example.image) for example in source.read(0, len(source)) if example.image is not None)
+        pixels = list(islice(usable, IMAGES))
         device = next(model.parameters()).device
         images = to_tensor(np.stack(pixels)).to(device)
         again = require_finite(model.reconstruct(images))

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from toy_runs import FAMILIES, TOKENIZER
 
 from hmar_cli.builders import build_model, build_tokenizer
 from hmar_cli.data.sources import open_source
-from hmar_cli.previews import reconstruction_preview, sample_preview
+from hmar_cli.previews import IMAGES, reconstruction_preview, sample_preview
 from hmar_cli.recipe import load_recipe
 from hmar_cli.settings import Recipe
 
@@ -36,6 +37,17 @@ def test_samples_that_are_not_finite_are_refused(family: str, tmp_path: Path) ->
     next(model.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match=r"the model's (logits|latents) are not finite"):
         draw(model)
+
+
+@torch.no_grad()
+def test_images_that_cannot_be_used_are_not_shown(tmp_path: Path) -> None:
+    for number in range(IMAGES + 1):
+        (tmp_path / f"{number:02}.png").write_bytes(b"no picture")
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{90 + number}.png")
+    recipe = load(TOKENIZER, tmp_path)
+    draw = reconstruction_preview(recipe, open_source(str(tmp_path)))
+    assert draw(build_tokenizer(recipe.tokenizer).eval()).size == (2 * 10 - 2, 2 * 10 - 2)
 
 
 @torch.no_grad()

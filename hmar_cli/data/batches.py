@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hmar_cli.console import console
+from hmar_cli.console import warn
 from hmar_cli.data.ahead import prefetch
 from hmar_cli.data.cache import Array, Cache
 from hmar_cli.data.images import Example, ImageSource
@@ -247,8 +247,7 @@ class _Pictures:
     def _warn(self, example: Example) -> None:
         if not self._warned:
             self._warned = True
-            console.print(
-                f"[yellow]warning:[/] image {example.index} of {self.source.name} cannot be used, so the next "
-                f"one takes its place; others are replaced alike, and counted ({example.error})",
-                highlight=False,
+            warn(
+                f"image {example.index} of {self.source.name} cannot be used, so the next "
+                f"one takes its place; others are replaced alike, and counted ({example.error})"
             )

@@ -201,11 +201,8 @@ def test_mirror_and_crops_are_random_and_real() -> None:
 
 
 def test_unusable_images_are_replaced_with_one_warning(
-    make_parquet: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_parquet: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rich.console import Console
-
-    monkeypatch.setattr(batches, "console", Console(stderr=True, width=400))
     source = open_source(str(make_parquet(label=[None, 1, 2, 3, None, None])))
     settings: dict[str, Any] = {"size": 8, "crop": "adm", "mirror": False, "batch_size": 6, "seed": 0}
     (batch,) = take(image_batches(source, **settings), 1)
