@@ -5,7 +5,8 @@ queries with all the keys that any of them sees. Scores are in units of log 2, s
 
 Blocks that all queries of a tile see come last, and with the maximum of what came before in place of a running one:
 nothing is rescaled then. A float has room for scores far above it; a tile whose sums have left that room is computed
-again, with a running maximum throughout. Normalised scores have a bound, so that none needs a maximum.
+again, with a running maximum throughout. Normalised scores have a bound, which takes the maximum's place from the
+first block on; a tile that has a row far below it is computed again, too. Float16 has no such room: its maximum runs.
 
 Letters: B batch, L keys, N queries, H heads, D head size, M queries of a tile, J keys of a block.
 """
