@@ -116,9 +116,10 @@ def tokenizers(
         reports.append(report.describe())
         notes += [f"{name}: {line}" for line in eval_tokenizer.warnings(frames, found)]
         rows.append(row_of(name, titles[spelling], report))
-        originals, copies = zip(*found.pairs, strict=True)
-        pictures.setdefault(titles[spelling], list(originals))
-        pictures[f"{name}: {rows[-1]['pixels']}, {titles[spelling]}"] = list(copies)
+        if found.pairs:  # a process may have had none of the batches
+            originals, copies = map(list, zip(*found.pairs, strict=True))
+            pictures.setdefault(titles[spelling], originals)
+            pictures[f"{name}: {rows[-1]['pixels']}, {titles[spelling]}"] = copies
     leave_processes()
     if place.rank:
         return

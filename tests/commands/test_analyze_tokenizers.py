@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from toy_runs import run_python
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
@@ -91,6 +92,17 @@ def test_images_at_their_own_sizes_and_at_that_of_the_training(world: Path, tmp_
     assert not any(name.startswith("rFID") for name in row)
     (row,) = measured("analyze", "tokenizers", world / "codes", *flags)["rows"]
     assert row["pixels"] == "32x32"
+
+
+def test_two_processes_measure_as_one_though_one_of_them_has_no_image(world: Path, tmp_path: Path) -> None:
+    flags = ("analyze", "tokenizers", world / "latents", "--images", SHAPES)
+    more = ("--out", tmp_path / "two", "--launch", "2", "--device", "cpu", "--json")
+    done = run_python("-m", "hmar_cli", *flags, *more)
+    assert done.returncode == 0, done.stderr
+    (alone,), (shared,) = measured(*flags, "--out", tmp_path / "one")["rows"], json.loads(done.stdout)["rows"]
+    assert shared == pytest.approx(alone)
+    grids = [(tmp_path / each / "tokenizers-grid.png").read_bytes() for each in ("one", "two")]
+    assert grids[0] == grids[1]
 
 
 def test_sets_of_one_name_are_told_apart(world: Path, tmp_path: Path) -> None:
