@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
+from toy_runs import hmar
 
-from hmar_cli.app import app
 from hmar_cli.builders import build_image_network
 from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint
 from hmar_cli.commands import analyze_next_scale
@@ -24,10 +23,6 @@ from hmar_cli.settings import NextScale, NextScaleObjective, Recipe
 SMALL = ("model.depth=2", "model.width=64", "model.heads=2", "model.num_classes=8")
 SHIPPED = {"var": "var-tiny", "hmar": "hmar-tiny", "masked": "hmar-tiny-masked"}
 DATA = "builtin:shapes?seed=3&count=10"
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="hmar")
 
 
 def refused(result: Any, *words: str) -> None:

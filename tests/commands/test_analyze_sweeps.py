@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
+from toy_runs import hmar
 
 from hmar_cli.analysis import sweep
-from hmar_cli.app import app
 from hmar_cli.builders import build_image_network
 from hmar_cli.checkpoints.store import read_tensors, save_checkpoint, write_tensors
 from hmar_cli.data.shapes import SHAPES
@@ -72,10 +71,6 @@ def world(
     }
     save_checkpoint(folder / "judge", recipe=recipe, weights={"model": weights}, **about)
     return folder
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(each) for each in arguments], prog_name="hmar")
 
 
 def judged(world: Path) -> tuple[object, ...]:

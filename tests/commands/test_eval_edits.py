@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
+from toy_runs import hmar
 
-from hmar_cli.app import app
 from hmar_cli.builders import build_image_network
 from hmar_cli.checkpoints.store import save_checkpoint
 from hmar_cli.data.shapes import SHAPES
@@ -38,10 +37,6 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 FILLS = ["model", "tokenizer", "smooth continuation", "mean colour", "another picture"]
 SOURCE = "builtin:shapes?seed=3&count=40"
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]

@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toy_runs import MSVQ
-from typer.testing import CliRunner
+from toy_runs import MSVQ, hmar
 
-from hmar_cli.app import app
 from hmar_cli.builders import load_classifier
 from hmar_cli.checkpoints.store import open_checkpoint, save_checkpoint
 from hmar_cli.commands import evaluating
@@ -76,10 +74,6 @@ def mean_colours():
 """
 ROOT = Path(__file__).parents[2]
 SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]
-
-
-def hmar(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments], prog_name="hmar")
 
 
 def refused(result: Any, *words: str) -> None:
