@@ -362,7 +362,7 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(
-            f"{path} is broken: {error}", "delete this checkpoint; an older one may be whole"
+            f"{path} is broken: {error}", "make it again; of a run, an older checkpoint may be whole"
         ) from error
 
 

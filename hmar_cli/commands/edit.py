@@ -144,7 +144,12 @@ def edit(
     ] = None,
     variations: Annotated[int, typer.Option(min=1, help="Of each picture.")] = 4,
     match_colours: Annotated[
-        bool, typer.Option(" /--no-match-colours", help="Leave the tokenizer's shift of colours in.")
+        bool,
+        typer.Option(
+            " /--no-match-colours",
+            help="Leave the tokenizer's shift of colours in.",
+            show_default=False,
+        ),
     ] = True,
     batch_size: drawing.BatchSize = 0,
     device: drawing.Device = "",

@@ -77,7 +77,12 @@ def edits(
         bool | None, typer.Option("--erase/--no-erase", help="As of `hmar edit`, with its default.")
     ] = None,
     match_colours: Annotated[
-        bool, typer.Option(" /--no-match-colours", help="Leave the tokenizer's shift of colours in.")
+        bool,
+        typer.Option(
+            " /--no-match-colours",
+            help="Leave the tokenizer's shift of colours in.",
+            show_default=False,
+        ),
     ] = True,
     grid: Annotated[Path | None, typer.Option(help="PNG file for some pictures and their fills.")] = None,
     shown: Annotated[int, typer.Option(min=1, max=64, help="Pictures of each mask in it.")] = 6,

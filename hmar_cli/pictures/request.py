@@ -138,7 +138,10 @@ def find_pictures(path: Path, out: Path) -> dict[str, Path]:
         raise UserError(f"{out} holds the pictures to edit", "choose another --out")
     files = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES and each.is_file())
     if not files:
-        raise UserError(f"{path} holds no picture", f"pictures end in {', '.join(sorted(SUFFIXES))}")
+        raise UserError(
+            f"{path} holds no picture",
+            f"subfolders are not looked into; pictures end in {', '.join(sorted(SUFFIXES))}",
+        )
     stems = [each.stem for each in files]
     return {each.stem if stems.count(each.stem) == 1 else each.name: each for each in files}
 
