@@ -65,7 +65,11 @@ def open_judge(spec: str, weights: Path | None = None, device: str | torch.devic
         raise UserError(
             str(error), "fetch the file where there is a network, and give --clip-weights FILE"
         ) from error
-    except (ValueError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        raise UserError(
+            f"CLIP {spec}: {error}", "give the file of its weights: --clip-weights FILE"
+        ) from error
+    except ValueError as error:
         raise UserError(f"CLIP {spec}: {error}", "such as --clip ViT-L-14/openai") from error
     fingerprint = hash_weights(clip.network.state_dict(), b"clip")
     return ClipJudge(spec, clip.to(device), str(weights or ""), fingerprint)

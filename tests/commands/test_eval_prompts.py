@@ -96,11 +96,11 @@ def test_a_table_for_people(weights: Path, samples: Path) -> None:
     assert drawn.stdout.startswith("2 images and prompts")
 
 
-def refused(result: Any, message: str) -> None:
+def refused(result: Any, message: str, hint: str = "") -> None:
     assert result.exit_code == 2, result.output
     lines = result.stderr.splitlines()
     assert message in next(line for line in lines if line.startswith("error: ")), result.stderr
-    assert lines[-1].startswith("hint: ") and result.stdout == ""
+    assert lines[-1].startswith("hint: ") and hint in lines[-1] and result.stdout == ""
 
 
 def test_mistakes_are_one_line_and_a_hint(
@@ -113,7 +113,8 @@ def test_mistakes_are_one_line_and_a_hint(
     refused(hmar(samples, "--clip", "ViT-L14"), "CLIP ViT-L14: expected a tower of open_clip such as")
     refused(hmar(samples, "--clip", "ViT-L-14/openia"), "got 'openia'")
     refused(hmar(samples, "--clip", "small"), "CLIP small: expected one of the weights")
-    refused(hmar(samples, "--clip", "small", "--clip-weights", tmp_path / "none.pt"), "no such file")
+    missing = ("--clip", "small", "--clip-weights", tmp_path / "none.pt")
+    refused(hmar(samples, *missing), "no such file", "--clip-weights FILE")
     refused(hmar(samples, "--clip", "ViT-B-32/openai", "--clip-weights", weights), "Missing key(s)")
 
     def offline(tag: object) -> str:
