@@ -37,6 +37,7 @@ Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.int64]
 
 FORMAT, VERSION = "hmar-cache", 1
+REPAIR = "delete manifest.json and tokenize again to repair it"
 TEXT = "text"
 """Name of the array of captions; that of all others counts views."""
 FULL_CHECK = 8 << 30  # bytes up to which opening a cache reads every file to compare checksums
@@ -280,7 +281,10 @@ def read_manifest(path: Path) -> Manifest:
         if (path / "settings.json").is_file():
             raise UserError(f"the cache {path} is unfinished", "run its `hmar tokenize` command again")
         raise UserError(f"no manifest.json in {path}: not a cache", "make one with `hmar tokenize`")
-    table = read_json(path / "manifest.json")
+    try:
+        table = read_json(path / "manifest.json")
+    except UserError as error:
+        raise UserError(str(error), error.hint or REPAIR) from error
     if not isinstance(table, dict) or table.pop("format", None) != FORMAT:
         raise UserError(f"{path / 'manifest.json'} does not describe a cache of hmar")
     if (version := table.pop("version", None)) != VERSION:
@@ -290,7 +294,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest(**table)
     except TypeError as error:
-        raise UserError(f"{path / 'manifest.json'} is broken: {error}") from error
+        raise UserError(f"{path / 'manifest.json'} is broken: {error}", REPAIR) from error
 
 
 def _files(path: Path, manifest: Manifest) -> dict[Path, Mapping[str, Any]]:
@@ -305,7 +309,7 @@ def _stem(shard: Mapping[str, Any]) -> str:
 
 
 def _corrupt(file: Path, what: str) -> UserError:
-    return UserError(f"broken cache: {file} {what}", "delete manifest.json and tokenize again to repair it")
+    return UserError(f"broken cache: {file} {what}", REPAIR)
 
 
 def _check_range(values: Indices, limit: int, what: str) -> None:

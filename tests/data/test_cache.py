@@ -370,6 +370,10 @@ def test_not_a_cache(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="does not describe a cache"):
         Cache.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON") as caught:
+        Cache.open(tmp_path)
+    assert "tokenize again" in caught.value.hint
 
 
 def test_newer_version_is_refused(tmp_path: Path) -> None:
