@@ -81,7 +81,7 @@ def settings_for(
 
     Those of heads up to 64 in half precision are within 4 % of the fastest `candidates` of each kernel, measured on
     one H100 at the scales of 256, 512 and 1024 px in both patterns, with PyTorch 2.11, Triton 3.6, bf16, 24 heads of
-    64, batch 16 or 4 (docs/results/attention-h100.md); What tells them apart is how many keys a query sees: 162, 679
+    64, batch 16 or 4 (docs/results/attention-h100.md). What tells them apart is how many keys a query sees: 162, 679
     and 2602 on average in the diagonal pattern, 421, 1460 and 6027 in the causal one.
     """
     if dtype == torch.float32:
