@@ -108,9 +108,9 @@ def delegate(processes: int, device: str = "") -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End this process, which has only waited for others.
+    """End this process, which has only waited for others or served a page.
 
-    Not through Python's shutdown: a thread of PyTorch's launcher that is still at work then aborts it now and then.
+    Not through Python's shutdown: a thread at work, of PyTorch's launcher or of drawing, aborts it now and then.
     """
     sys.stdout.flush()
     sys.stderr.flush()

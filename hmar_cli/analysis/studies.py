@@ -167,14 +167,14 @@ def draw_curves(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "Fig
         for x, setting in enumerate(varied):
             axes = figure.add_subplot(len(columns), len(varied), y * len(varied) + x + 1)
             dress_axes(axes, "", _axis(setting, outcomes), f"{column} ({better})")
-            for name, own in _by_model(outcomes).items():
+            for place, (name, own) in enumerate(_by_model(outcomes).items()):
                 points = [each for each in own if each.trial.varied == setting]
                 if not points:
                     continue
                 values = [each.trial.value for each in points]
                 error = [each.cells.get(f"{column} ±") for each in points]
                 spread = None if None in error else error
-                _line(axes, values, [each.cells[column] for each in points], name, spread)
+                _line(axes, values, [each.cells[column] for each in points], name, spread, f"C{place}")
             if setting.endswith("steps"):
                 _doubling_axis(axes, [each.trial.value for each in outcomes if each.trial.varied == setting])
             axes.legend(fontsize=7)
@@ -182,9 +182,16 @@ def draw_curves(outcomes: Sequence[Outcome], columns: Mapping[str, str]) -> "Fig
 
 
 def _line(
-    axes: "Axes", x: Sequence[Any], y: Sequence[Any], name: str, spread: Sequence[Any] | None = None
+    axes: "Axes",
+    x: Sequence[Any],
+    y: Sequence[Any],
+    name: str,
+    spread: Sequence[Any] | None = None,
+    color: str | None = None,
 ) -> None:
-    axes.errorbar(x, y, yerr=spread, marker="o", markersize=3.5, linewidth=1.2, capsize=2, label=name)
+    axes.errorbar(
+        x, y, yerr=spread, marker="o", markersize=3.5, linewidth=1.2, capsize=2, label=name, color=color
+    )
 
 
 def _axis(setting: str, outcomes: Sequence[Outcome]) -> str:

@@ -64,22 +64,22 @@ def measure_sampling(
         if isinstance(tokenizer, KlAutoencoder):
             tokenizer.latent_scale = 1.0
         for compiles, batch in itertools.product(compiled, batches):
+            job = Job(
+                settings=recipe.sample,
+                conditions=Labels(tuple(range(model.num_classes))),
+                count=batch,
+                seed=seed,
+                batch_size=batch,
+                precision=precision,
+                compile=compiles,
+            )
             row: dict[str, Any] = {
                 "recipe": recipe.name,
                 "batch": batch,
-                "compiled": compiles,
+                "compiled": job.compiles(model, device),
                 "status": "ok",
             }
             try:
-                job = Job(
-                    settings=recipe.sample,
-                    conditions=Labels(tuple(range(model.num_classes))),
-                    count=batch,
-                    seed=seed,
-                    batch_size=batch,
-                    precision=precision,
-                    compile=compiles,
-                )
                 if isinstance(model, NextScaleTransformer):
                     row["attention"], _ = select_attention(model, job, resolve_precision(device, precision))
                 row |= _time(Sampler(model, tokenizer, job, device), batch, device, seconds)

@@ -35,7 +35,10 @@ def bench_sampling(
     ],
     batch_sizes: Annotated[str, typer.Option(help="Images at once, one number or several.")] = "1,8,64",
     compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="One of them alone. [default: both]")
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="One of them alone. [default: both, on a CPU --no-compile]"
+        ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="About how long to time each.")] = 2.0,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench-sampling"),
@@ -52,12 +55,13 @@ def bench_sampling(
     from hmar_cli.launch import choose_device
 
     place = choose_device(device)
+    both = [False, True] if place.type == "cuda" else [False]
     outcome = run_sampling(
         [load(name, overrides or ()) for name in recipes],
         parse_counts("--batch-sizes", batch_sizes),
         device=place,
         precision=precision,
-        compiled=[False, True] if compiled is None else [compiled],
+        compiled=both if compiled is None else [compiled],
         seconds=seconds,
         seed=seed,
         out=out,

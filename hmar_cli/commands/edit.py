@@ -176,12 +176,13 @@ def edit(
     if serve:
         check_served(ctx)
         from hmar_cli import serving
+        from hmar_cli.launch import end
 
         serving.check_installed()
         studio = open_studio(checkpoint, asked, loading, strength, keep_scales, device)
         first = serving.Start(strength or 1.0, variations, seed, feather, match_colours)
         serving.serve(studio, first, host, port)
-        return
+        end(0)
     if picture is None:
         raise UserError(
             "no picture to edit", "give a picture or a folder, or --serve for a page in the browser"

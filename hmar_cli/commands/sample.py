@@ -94,7 +94,7 @@ def sample(
         if summary is None:  # not the process that reports
             return
         about |= summary
-        console.print(f"{job.count} images in {out}, together in {out / 'grid.png'}")
+        console.print(f"{job.count} image{'s' * (job.count > 1)} in {out}, together in {out / 'grid.png'}")
     if dry_run and not as_json:
         drawing.print_plan({**order.outline(), "output": str(out)})
     if as_json:
