@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hmar_cli.commands import drawing
+from hmar_cli.commands.flags import named
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def check_flags(ctx: typer.Context) -> None:
     Raises:
         UserError: one that goes with attention's speed beside one that asks for something else, or the reverse.
     """
-    given = drawing.given(ctx)
+    given = named(ctx)
     if chosen := [name for name in given if name in TAKES]:
         known = EVERYWHERE.union(chosen, *(TAKES[name] for name in chosen))
         if foreign := [flag for name, flag in given.items() if name not in known]:

@@ -28,17 +28,6 @@ SHOWN = 8
 FAST_STEPS, SLOW_STEPS = (20, 20), (250, 100)
 """Steps of the dense and the pivot head with "ddim" or "dpm++", and with "ddpm", where the recipe has the other."""
 
-
-def given(ctx: typer.Context) -> dict[str, str]:
-    """Parameters that the command line names, each with its flag."""
-    flags = {each.name: (each.opts or each.secondary_opts)[-1] for each in ctx.command.params}
-    return {
-        name: flags[name]
-        for name in ctx.params
-        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
-
-
 Checkpoint = Annotated[Path, typer.Option(help="Checkpoint or run folder.")]
 Prompt = Annotated[list[str] | None, typer.Option(help="Text of an image, for text models; may be repeated.")]
 TextWeights = Annotated[

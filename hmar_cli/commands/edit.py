@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hmar_cli.commands import drawing
-from hmar_cli.commands.flags import given, with_flags
+from hmar_cli.commands.flags import given, named, with_flags
 from hmar_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def check_served(ctx: typer.Context) -> None:
     Raises:
         UserError: flags or a picture beside --serve that would have no effect.
     """
-    if foreign := [flag for name, flag in drawing.given(ctx).items() if name not in SERVED]:
+    if foreign := [flag for name, flag in named(ctx).items() if name not in SERVED]:
         raise UserError(f"--serve takes no {', '.join(foreign)}", "choose it on the page")
 
 

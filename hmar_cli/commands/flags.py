@@ -7,6 +7,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from hmar_cli.errors import UserError
 from hmar_cli.files import require_writable
 
@@ -62,6 +64,16 @@ def given(group: Any) -> dict[str, Any]:
     """Of a filled group the flags that say something else than their defaults, by their names."""
     values = {each.name: getattr(group, each.name) for each in fields(group)}
     return {each.name: values[each.name] for each in fields(group) if values[each.name] != each.default}
+
+
+def named(ctx: typer.Context) -> dict[str, str]:
+    """Parameters that the command line names, each with its flag."""
+    flags = {each.name: (each.opts or each.secondary_opts)[-1] for each in ctx.command.params}
+    return {
+        name: flags[name]
+        for name in ctx.params
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
 
 
 def words(text: str) -> list[str]:
