@@ -59,8 +59,8 @@ def measure_sampling(
     """
     for recipe in recipes:
         torch.manual_seed(seed)
-        model = build_model(recipe).eval().to(device)
-        tokenizer = build_tokenizer(recipe.tokenizer).eval().to(device)
+        model = build_model(recipe).eval()
+        tokenizer = build_tokenizer(recipe.tokenizer).eval()
         if isinstance(tokenizer, KlAutoencoder):
             tokenizer.latent_scale = 1.0
         for compiles, batch in itertools.product(compiled, batches):
@@ -80,6 +80,7 @@ def measure_sampling(
                 "status": "ok",
             }
             try:
+                model, tokenizer = model.to(device), tokenizer.to(device)
                 if isinstance(model, NextScaleTransformer):
                     row["attention"], _ = select_attention(model, job, resolve_precision(device, precision))
                 row |= _time(Sampler(model, tokenizer, job, device), batch, device, seconds)

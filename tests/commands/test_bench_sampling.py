@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hmar_cli.app import app
+from hmar_cli.models.masked import MaskedTransformer
 
 runner = CliRunner()
 
@@ -60,3 +62,17 @@ def test_what_cannot_be_measured(arguments: tuple[str, ...], message: str, tmp_p
         app, ["bench-sampling", *arguments, "--device", "cpu", "--out", str(tmp_path / "out")]
     )
     assert result.exit_code == 2 and message in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_model_without_room_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(MaskedTransformer, "to", refuse)
+    rows = run("himar-tiny", "hmar-tiny", "--batch-sizes", "1", "--out", str(tmp_path))
+    assert [(row["recipe"], row["status"]) for row in rows] == [
+        ("himar-tiny", "out of memory"),
+        ("hmar-tiny", "ok"),
+    ]
