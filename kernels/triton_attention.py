@@ -391,7 +391,8 @@ def candidates(kind: str, head_size: int, normalized: bool) -> list[Setting]:
     found = [Setting(*shape, bulk=True) for shape in SHAPES[kind]]
     likely = found[:4]
     if kind == "forward" and normalized:
-        found += [replace(s, inline=True) for s in likely]
+        inline = [replace(s, inline=True) for s in likely]
+        found += [*inline, *(replace(s, registers=128) for s in inline[:2])]
     found += [replace(s, registers=limit) for limit in (128, 168) for s in likely[: 3 if limit == 168 else 2]]
     found += [SMALL]
     return found if head_size <= 64 else [s for s in found if s.rows <= 64]
