@@ -7,6 +7,7 @@ the last grid (on which features and f_hat live), H W the image.
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -161,7 +162,7 @@ class ScaleQuantizer(nn.Module):
                 x = x * keep.unsqueeze(-1)
             x = x.transpose(1, 2).reshape(len(x), -1, *self.scales.grids[k])  # [B, Z, h_k, w_k]
             if self.scales.grids[k] != self.scales.grid:
-                x = F.interpolate(x, size=self.scales.grid, mode="bicubic")  # [B, Z, h, w]
+                x = _enlarge(x, self.scales.grid)  # [B, Z, h, w]
             return self.phis[self.phi_index[k]](x)  # type: ignore[no-any-return]
 
     def scale_input(self, f_hat: Tensor, k: int) -> Tensor:
@@ -280,6 +281,27 @@ class ScaleQuantizer(nn.Module):
 
 def _at_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return x if tuple(x.shape[-2:]) == grid else F.interpolate(x, size=grid, mode="area")
+
+
+def _enlarge(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bicubic interpolation of x [B, Z, h_k, w_k] to a larger grid.
+
+    On a GPU by two products: PyTorch's kernel gives a place to each thread, which takes all channels of the batch in
+    turn, and adds up gradients in any order.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return F.interpolate(x, size=grid, mode="bicubic")
+    rows, columns = (bicubic_weights(*sides, x.device) for sides in zip(x.shape[-2:], grid, strict=True))
+    return rows @ (x @ columns.T)
+
+
+@cache  # forever: recorded CUDA graphs read it
+def bicubic_weights(short: int, long: int, device: torch.device) -> Tensor:
+    """What each of `long` places takes of `short` ones in bicubic interpolation: [long, short] float32."""
+    with torch.inference_mode(False):  # training may need it, too
+        return F.interpolate(torch.eye(short)[None, None], size=(long, short), mode="bicubic")[0, 0].to(
+            device
+        )
 
 
 class MultiScaleVQ(nn.Module):

@@ -1,5 +1,6 @@
 """What only a GPU can show; without one these tests are skipped."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from hmar_cli.sampling.images import Job, Labels, Sampler, autocast, select_atte
 from hmar_cli.sampling.next_scale import draw_counts, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import NextScaleSample
-from hmar_cli.tokenizers.msvq import MultiScaleVQ
+from hmar_cli.tokenizers.msvq import MultiScaleVQ, ScaleQuantizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -81,3 +82,21 @@ def test_recorded_batches_are_plain_ones(pattern: str, precision: str, attention
         found = recorded(batch)[0]
         assert len(found) == len(batch)
         torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("sides", [[1, 2, 3, 4], [(1, 2), (3, 4), (4, 6)]])
+def test_contributions_are_those_of_the_cpu(sides: list[int]) -> None:
+    quantizer = ScaleQuantizer(scales=Scales.of(sides), z_channels=8, vocab_size=64)
+    with torch.inference_mode():  # what is kept of it must serve training as well
+        deepcopy(quantizer).cuda().f_hat(
+            torch.zeros(1, quantizer.scales.total, dtype=torch.int64, device="cuda")
+        )
+    tokens = torch.arange(2 * quantizer.scales.total).reshape(2, -1) % 64
+    found = []
+    for device in ("cpu", "cuda"):
+        moved = deepcopy(quantizer).to(device)
+        f_hat = moved.f_hat(tokens.to(device))
+        f_hat.square().sum().backward()
+        found.append((f_hat.detach().cpu(), moved.codebook.weight.grad.cpu()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
