@@ -225,7 +225,7 @@ def _observations(
         standard=extractor.standard,
         count=count,
         size=(int(size[0]), int(size[1])) if size else None,
-        crop=str(record.get("crop", "adm")),
+        crop=str(record.get("crop", "none")),  # others do not say how they cut
         digest=str(record.get("sha256") or file_sha256(path)),  # that of the images, where it is known
         statistics=pooled,
         spatial=statistics("mu_s", "sigma_s"),

@@ -24,7 +24,7 @@ from hmar_cli.commands.subjects import passing_folder
 from hmar_cli.data.shapes import SHAPES
 from hmar_cli.data.sources import open_source
 from hmar_cli.errors import UserError
-from hmar_cli.evaluation import presets
+from hmar_cli.evaluation import presets, references
 from hmar_cli.evaluation.presets import PRESETS, Preset
 from hmar_cli.evaluation.reports import Report
 from hmar_cli.files import fetch, file_sha256
@@ -319,6 +319,21 @@ def test_statistics_stand_for_the_images_they_were_made_of(run: Path, samples: P
     assert values(ours) == pytest.approx(values(direct), rel=1e-9)
     assert ours["settings"] == direct["settings"]  # so that the two compare
     refused(measure(run, samples, "--reference", path, "--metrics", "sfid"), "mu_s and sigma_s")
+
+
+def test_statistics_that_others_made_go_with_any_crop(
+    run: Path, samples: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ("--extractor", run, "--metrics", "fid", "--make-stats", tmp_path / "ours.npz", "--device", "cpu")
+    assert hmar("eval", "samples", REFERENCE, *made).exit_code == 0
+    ours, path = np.load(tmp_path / "ours.npz"), tmp_path / "theirs.npz"
+    np.savez(path, mu=ours["mu"], sigma=ours["sigma"])
+    monkeypatch.setattr(references, "PUBLISHED", open_checkpoint(run).tokenizer_hash)
+    flags = ("--reference", path, "--metrics", "fid", "--crop")
+    for crop in ("adm", "var"):
+        assert measured(run, samples, *flags, crop)["settings"]["crop"] == crop
+    drawn = measured(run, model, "--count", 4, *flags, "var")
+    assert drawn["settings"]["crop"] == "var" and drawn["about"]["reference"]["crop"] == "none"
 
 
 def test_statistics_alone_are_no_table_without_a_number(module: str, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 from toy_extractors import FEATURES, Shown, pictures, toy_extractor
 
 from hmar_cli.errors import UserError
-from hmar_cli.evaluation.measures import measure
+from hmar_cli.evaluation.measures import measure, require_same_cut
 from hmar_cli.evaluation.observing import METRICS, Observations, observe
-from hmar_cli.evaluation.references import is_statistics, read_reference, save_statistics
+from hmar_cli.evaluation.references import is_statistics, open_reference, read_reference, save_statistics
 
 STANDARD = toy_extractor("inception", standard=True)
 
@@ -133,6 +133,21 @@ def test_statistics_of_another_extractor_are_refused(tmp_path: Path) -> None:
     refused(path, "statistics of toy (toy)", "the extractor is other", extractor=toy_extractor("other"))
     adm = adm_file(tmp_path / "VIRTUAL.npz", look(9))
     refused(adm, "statistics of inception (6726825d)", "the extractor is toy", extractor=toy_extractor())
+
+
+def test_statistics_that_others_made_go_with_any_crop(tmp_path: Path) -> None:
+    """They do not say how their images were cut; ours do."""
+    real = observe(Shown(list(pictures(9))), STANDARD, metrics=METRICS, size=8, crop="adm")
+    save_statistics(real, tmp_path / "ours.npz")
+    ours, theirs = (
+        open_reference(str(path), STANDARD, ("fid",))
+        for path in (tmp_path / "ours.npz", adm_file(tmp_path / "VIRTUAL.npz", real))
+    )
+    assert (ours.crop, theirs.crop) == ("adm", "none")
+    for crop in ("adm", "var"):
+        require_same_cut((8, 8), crop, theirs)
+    with pytest.raises(UserError, match=r"as by --crop var, those of .*ours\.npz as by --crop adm"):
+        require_same_cut((8, 8), "var", ours)
 
 
 def test_images_of_another_size_than_adms_are_refused(tmp_path: Path) -> None:
