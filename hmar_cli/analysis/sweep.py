@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from hmar_cli.launch import join_processes, wait_for_processes
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Side
 from hmar_cli.report import save_png, to_uint8
-from hmar_cli.sampling.images import Job, Sampler, resolve_precision, select_attention
+from hmar_cli.sampling.images import Job, Sampler, resolve_precision, select_attention, steady
 
 SECONDS, RATE = "s/image", "images/s"
 """Cells of a row that say how fast its images were drawn, without the time of measuring them."""
@@ -216,7 +215,7 @@ def record(trial: Trial, judge: Judge, device: torch.device, shown: int) -> dict
         "tokenizer": trial.candidate.checkpoint.tokenizer_hash or str(trial.candidate.tokenizer),
         **trial.job.describe(),
         "precision": resolve_precision(device, trial.job.precision),
-        "compile": trial.job.compile,
+        "compile": trial.job.compiles(device),
         "batch_size": trial.job.batch_size,
         "device": name,
         "judge": judge.describe(),
@@ -307,13 +306,13 @@ class Painter:
             yield torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)  # B H W 3 -> B 3 H W
 
     def speed(self, job: Job) -> dict[str, Cell]:
-        """Seconds an image and its inverse, of this process alone, by the median full batch after the first.
+        """Seconds an image and its inverse, of this process alone, as `steady` has it of full batches.
 
-        The first loads kernels; with no second one it is that one. A process that drew none has nothing to say.
+        A process that drew none has nothing to say.
         """
         if not self.seconds:
             return {SECONDS: None, RATE: None}
-        seconds = median(self.seconds[1:] or self.seconds) / full_batch(job)
+        seconds = steady(self.seconds) / full_batch(job)
         return {SECONDS: seconds, RATE: 1 / seconds}
 
 

@@ -13,12 +13,9 @@ from hmar_cli.builders import build_model, build_tokenizer
 from hmar_cli.errors import UserError
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.recipe import load_recipe
-from hmar_cli.sampling.images import Job, Labels, Sampler, resolve_precision, select_attention
+from hmar_cli.sampling.images import WARM_UPS, Job, Labels, Sampler, resolve_precision, select_attention
 from hmar_cli.settings import Classifier, Recipe
 from hmar_cli.tokenizers.kl import KlAutoencoder
-
-WARM_UPS = 2
-"""Batches that load, compile and record."""
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -76,7 +73,7 @@ def measure_sampling(
             row: dict[str, Any] = {
                 "recipe": recipe.name,
                 "batch": batch,
-                "compiled": job.compiles(model, device),
+                "compiled": job.compiles(device),
                 "status": "ok",
             }
             try:

@@ -20,7 +20,7 @@ from hmar_cli.errors import UserError
 MEASURED = """
 Every setting draws the same images (of the same classes or prompts and noise), and one judge measures them all:
 `--extractor` against `--reference`. What the folder has already is not measured again; the grid shows the first
-images of each setting. Seconds are those of drawing alone, by the median batch after the first.
+images of each setting. Seconds are those of drawing alone, by the median batch after the first two.
 
 `--set` changes a setting of all models that have it.
 """
@@ -133,7 +133,6 @@ def refinement(checkpoints: Checkpoints, flags: Flags) -> None:
         base="always",
         start={"schedule": "none"},
         varies=False,
-        lacking="scales with room for another pass",
     )
     carry_out(study, entries(checkpoints), flags)
 

@@ -12,8 +12,8 @@ from hmar_cli.commands.train import Set
 EXAMPLES = """
 Measure how long batches of images take, from labels to pixels, with random weights of a recipe's model.
 
-Without and with `--compile` of `hmar sample`, side by side; the recipe's settings of the sampler hold, and `--set`
-changes them. Results go into a folder as they come; Ctrl-C ends it with what was measured.
+On a GPU without and with `--compile` of `hmar sample`, side by side; the recipe's settings of the
+sampler hold, and `--set` changes them. Results go into a folder as they come; Ctrl-C ends it with what was measured.
 
 **Examples**
 

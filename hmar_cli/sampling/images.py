@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from hmar_cli.console import console, progress
 from hmar_cli.errors import UserError
@@ -33,6 +33,9 @@ from hmar_cli.tokenizers.msvq import MultiScaleVQ
 
 GRID_LIMIT = 256
 """Most images that the grid shows."""
+
+WARM_UPS = 2
+"""Batches that load, compile and record."""
 
 TOGETHER = ("grid.png", "grid-pivots.png", "samples.npz")
 """Files that are made of all images."""
@@ -109,9 +112,9 @@ class Job:
     precision: str = "auto"
     compile: bool | None = None
 
-    def compiles(self, model: nn.Module, device: torch.device) -> bool:
+    def compiles(self, device: torch.device) -> bool:
         """Whether it does; where that is left open, VAR and HMAR do: recording takes a batch or two."""
-        masks = isinstance(model, MaskedTransformer)
+        masks = isinstance(self.settings, MaskedArSample)
         return (masks or device.type == "cuda") and (not masks if self.compile is None else self.compile)
 
     def describe(self) -> dict[str, Any]:
@@ -201,7 +204,7 @@ class Sampler:
         self.paint: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = (
             self._paint_masked if masks else self._paint_next_scale
         )
-        if job.compiles(model, device):
+        if job.compiles(device):
             if isinstance(model, MaskedTransformer):
                 masked.compile_heads(model, half=resolve_precision(device, job.precision) == "bf16")
             else:
@@ -315,7 +318,7 @@ def draw_images(
         keep: what else is written.
 
     Returns:
-        Precision, seconds, images per second (also without the first batch, which loads and compiles kernels) and
+        Precision, seconds, images per second (also by `steady`, where there is a second batch) and
         images that were there already, in the first process; None in the others.
 
     Raises:
@@ -341,7 +344,7 @@ def draw_images(
     if place.rank == 0:
         write_json(
             out / "sample.json",
-            {**record, "made_with": _made_with(place, job, attention, job.compiles(model, place.device))},
+            {**record, "made_with": _made_with(place, job, attention, job.compiles(place.device))},
         )
     wait_for_processes()
     start = time.perf_counter()
@@ -351,12 +354,13 @@ def draw_images(
     if place.rank > 0:
         return None
     _finish(out, job, keep)
+    rate = round(place.world * job.batch_size / steady(times), 2) if len(times) > 1 else None
     return {
         "precision": record["precision"],
         "device": str(place.device),
         "seconds": round(seconds, 3),
         "images_per_second": round((job.count - there) / seconds, 2),
-        "steady_images_per_second": _steady(times, job.batch_size, place.world),
+        "steady_images_per_second": rate,
         "already_there": there,
     }
 
@@ -399,9 +403,9 @@ def select_attention(model: NextScaleTransformer, job: Job, precision: str) -> t
     return name, reason
 
 
-def _steady(times: Sequence[float], batch_size: int, processes: int) -> float | None:
-    """Images a second of all processes by the median batch after the first; None where there is no second one."""
-    return round(processes * batch_size / float(np.median(times[1:])), 2) if len(times) > 1 else None
+def steady(times: Sequence[float]) -> float:
+    """Median seconds of a batch, of those after the first two where there are more, else of the last."""
+    return float(np.median(times[WARM_UPS:] or times[-1:]))
 
 
 class _Writer:

@@ -187,9 +187,9 @@ def test_an_ablation_shows_means_and_every_seed() -> None:
     assert "seed" not in " ".join(ablation_row(replace(rows[1], trial=replace(rows[1].trial, varied=""))))
 
 
-def test_speed_is_the_median_batch_after_the_first() -> None:
+def test_speed_is_the_median_batch_after_the_first_two() -> None:
     job = outcome("x", "", None, 1.0).trial.job
-    painter = Painter(None, None, None, torch.device("cpu"), [64.0, 6.4, 12.8, 19.2])  # type: ignore[arg-type]
+    painter = Painter(None, None, None, torch.device("cpu"), [64.0, 32.0, 6.4, 12.8, 19.2])  # type: ignore[arg-type]
     assert painter.speed(job) == {SECONDS: pytest.approx(0.2), RATE: pytest.approx(5.0)}
     painter.seconds = [64.0]
     assert painter.speed(job)[SECONDS] == 1.0

@@ -17,7 +17,7 @@ from hmar_cli.models.scales import Scales
 from hmar_cli.models.text import JointTextEncoder
 from hmar_cli.pictures.painter import ModelPainter
 from hmar_cli.sampling.editing import EditSettings, edit_images, model_size, region_views
-from hmar_cli.sampling.images import Job, Labels, Prompts, Sampler
+from hmar_cli.sampling.images import Job, Labels, Prompts, Sampler, steady
 from hmar_cli.sampling.masked import KnownTokens, sample_masked
 from hmar_cli.sampling.next_scale import KeptTokens, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
@@ -172,9 +172,23 @@ def test_what_is_compiled_where_it_is_left_open(name: str) -> None:
     family, gpu = make(name), torch.device("cuda")
     job = Job(settings=family.settings, conditions=family.conditions, count=1, seed=0, batch_size=1)
     heads = name in MASKED
-    assert [job.compiles(family.model, place) for place in (gpu, CPU)] == [not heads, False]
-    assert [replace(job, compile=True).compiles(family.model, place) for place in (gpu, CPU)] == [True, heads]
-    assert not replace(job, compile=False).compiles(family.model, gpu)
+    assert [job.compiles(place) for place in (gpu, CPU)] == [not heads, False]
+    assert [replace(job, compile=True).compiles(place) for place in (gpu, CPU)] == [True, heads]
+    assert not replace(job, compile=False).compiles(gpu)
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds"),
+    [
+        ([9], 9),
+        ([9, 5], 5),  # it records, and is all there is to go by
+        ([9, 5, 2], 2),
+        ([9, 5, 2, 4], 3),
+        ([9, 5, 2, 4, 1], 2),
+    ],
+)
+def test_the_time_of_a_batch_leaves_out_those_that_load_and_record(times: list[int], seconds: int) -> None:
+    assert steady(times) == seconds
 
 
 @pytest.mark.parametrize("name", NEXT_SCALE + MASKED + TEXT)
