@@ -19,7 +19,7 @@ WIDTH = 150
 def console() -> Console:
     """A console on standard output, wide enough where that is a file."""
     width = None if sys.stdout.isatty() else max(WIDTH, shutil.get_terminal_size().columns)
-    return Console(width=width, highlight=False)
+    return Console(width=width, highlight=False, markup=False)
 
 
 def speed_tables(rows: Sequence[Row], directions: Sequence[str]) -> list[Table]:

@@ -233,7 +233,7 @@ def inspect(
     for key, value in (about | grids | {"class_names": shown}).items():
         if text := f"{value:,}" if key == "parameters" else _words(value):
             table.add_row(key.replace("_", " "), text)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @app.command("export", help=EXPORT_HELP)

@@ -46,7 +46,7 @@ def list_recipes(as_json: Json = False) -> None:
         table.add_column(header, justify="left" if words else "right", no_wrap=header != "data")
     for row in rows:
         table.add_row(*(_cell(row, str(column.header)) for column in table.columns))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @app.command()
@@ -102,7 +102,7 @@ def diff(
     table = Table("setting", first, second, box=None, header_style="bold")
     for key, values in differing.items():
         table.add_row(key, *(Text("" if value is None else json.dumps(value)) for value in values))
-    Console().print(table if differing else "the same settings")
+    Console(markup=False).print(table if differing else "the same settings")
 
 
 @app.command()

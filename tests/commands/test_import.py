@@ -1,6 +1,7 @@
 """`hmar checkpoint import`: what does not belong together is refused, and nothing is written."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,10 @@ from toy_runs import hmar
 from hmar_cli.commands.checkpoint import FormatName
 from hmar_cli.files import file_sha256
 from hmar_cli.imports import FORMATS
+from hmar_cli.recipe import load_recipe
+from hmar_cli.settings import Recipe
 
+SaveRandom = Callable[[Path, Recipe, tuple[str, ...]], None]
 NAMES = {"var": "var-a", "next-scale": "hmar-nsp-a", "masked": "hmar-mp-a", "merged": "hmar-full-a"}
 
 
@@ -149,3 +153,10 @@ def test_a_file_without_a_key_is_refused(
     torch.save(state, published / "cut.pth")
     refused(bring(published, tmp_path / "out", "cut", format), "it has no ")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(save_random: SaveRandom, tmp_path: Path) -> None:
+    small = ("model.depth=1", "model.width=32", "model.heads=2", "model.num_classes=2")
+    save_random(tmp_path / "var", load_recipe("var-tiny", small), ("[red]x[/red]", "[/y]"))
+    shown = hmar("checkpoint", "inspect", tmp_path / "var")
+    assert shown.exit_code == 0 and "[red]x[/red], [/y]" in shown.stdout, shown.output

@@ -75,6 +75,16 @@ def test_diff_prints_only_what_differs() -> None:
     assert "same settings" in invoke("diff", "var-tiny", "var-tiny").stdout
 
 
+def test_diff_shows_what_looks_like_markup_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("[red]mine[/red].toml")
+    path.parent.mkdir()
+    path.write_text('extends = "msvq-tiny"\n[data]\nsource = "[red]x[/red]"\n')
+    title, row = invoke("diff", "msvq-tiny", f"./{path}").stdout.splitlines()
+    assert title.split() == ["setting", "msvq-tiny", f"./{path}"]
+    assert row.split() == ["data.source", '"builtin:shapes"', '"[red]x[/red]"']
+
+
 def test_validate_checks_the_shipped_recipes() -> None:
     assert f"{len(recipe_names())} recipes are valid" in invoke("validate").stdout
 
