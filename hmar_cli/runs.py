@@ -101,7 +101,7 @@ class Options:
     @property
     def bare(self) -> bool:
         """Whether a dry run is told of nothing that only a cache can be compared with."""
-        return self.dry_run and not (self.data or self.tokenizer or self.init)
+        return self.dry_run and not (self.data or self.tokenizer or self.init or self.resume)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -303,4 +303,10 @@ def run_two(code: str, *arguments: str | Path, timeout: float = 200) -> list[lis
         )
         for rank in range(2)
     ]
-    return [worker.communicate(timeout=timeout)[0].splitlines() for worker in workers]
+    try:
+        lines = [worker.communicate(timeout=timeout)[0].splitlines() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], lines
+    return lines

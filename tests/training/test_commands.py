@@ -185,6 +185,16 @@ def test_a_resumed_run_that_never_saved_keeps_its_settings(toys, cache, base, tm
     assert "has no checkpoint yet: starting at its first step" in result.stderr
 
 
+def test_a_dry_run_that_resumes_needs_data_where_the_run_does(toys, base, tmp_path):
+    """Alone it needs none, and shows a plan."""
+    shutil.copy(base / "recipe.toml", tmp_path)
+    masked = ("finetune-masked", base, "--recipe", toys / "toy-masked.toml", "--device", "cpu")
+    for more in ((), ("--dry-run",)):
+        flags = ("--out", tmp_path, "--resume", *more)
+        refused(train(toys, *flags), "--data is missing", "hmar tokenize")
+        refused(hmar(*masked, *flags), "--data is missing", "hmar tokenize")
+
+
 def test_a_resumed_run_keeps_its_data(toys, base, tmp_path):
     out, recipe = tmp_path / "run", load_recipe(str(toys / "toy.toml"))
     shutil.copytree(base, out)
