@@ -125,15 +125,15 @@ def half_masked(subjects: Sequence[Subject], held_out: HeldOut, *, share: float,
     whole = Version(
         "tokenizer", {"model": "tokenizer", "task": "reconstruction"}, _as_they_are(held_out, device)
     )
-    other = Version(
-        "from another image", {"model": "another image", "task": "chance"}, _another(held_out, masks, device)
-    )
-    return [
+    versions = [
         whole,
         *(_guess(subject, held_out, "next-scale", None) for subject in subjects),
         *(_guess(subject, held_out, "masked", masks) for subject in branched),
-        *([other] if branched and len(held_out.tokens) > 1 else []),
     ]
+    if branched and len(held_out.tokens) > 1:
+        about = {"model": "another image", "task": "chance"}
+        versions.append(Version("from another image", about, _another(held_out, masks, device)))
+    return versions
 
 
 def _guess(subject: Subject, held_out: HeldOut, task: Task, masks: Tensor | None) -> Version:

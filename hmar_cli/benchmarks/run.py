@@ -264,7 +264,7 @@ def run_tuning(cases: Sequence[Case], device: torch.device, out: Path) -> Outcom
         raise UserError(f"--tune: Triton's kernels cannot be tuned: {error}", "install triton") from error
     for case in cases:
         if reason := reason_against(case, "triton", device):
-            raise UserError(f"--tune: {reason}", "choose other shapes")
+            raise UserError(f"--tune: {reason}", "choose other shapes, or leave out --tune")
     outcome = Outcome(_document(device, rows=[]), files=[out / "tune.json"])
     rows = outcome.document["rows"]
     with _until_interrupted(outcome), progress("tuning", len(cases), "shapes") as bar:

@@ -362,7 +362,8 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(
-            f"{path} is broken: {error}", "make it again; of a run, an older checkpoint may be whole"
+            f"{path} is broken: {error}",
+            "make this checkpoint again; in a run's folder an older one may be whole",
         ) from error
 
 

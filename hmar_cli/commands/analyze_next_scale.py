@@ -175,7 +175,7 @@ def register(app: typer.Typer) -> None:
     app.command("weighting-quality", help=WEIGHTING_QUALITY)(weighting_quality)
 
 
-def load_subjects(name: str, checkpoints: Sequence[Path], flags: Flags) -> "list[Subject]":
+def load_subjects(analysis: str, checkpoints: Sequence[Path], flags: Flags) -> "list[Subject]":
     """Load models for an analysis, which share a tokenizer, under names that differ.
 
     Raises:
@@ -188,7 +188,7 @@ def load_subjects(name: str, checkpoints: Sequence[Path], flags: Flags) -> "list
     from hmar_cli.analysis.held_out import load_subject, require_same_tokenizer
     from hmar_cli.analysis.results import analysis_folder
 
-    analysis_folder(flags.out, name)
+    analysis_folder(flags.out, analysis)
     subjects = [
         load_subject(path, name, place, flags.weights, flags.tokenizer)
         for path, name in zip(checkpoints, short_names(checkpoints), strict=True)

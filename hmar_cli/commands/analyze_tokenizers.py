@@ -116,7 +116,7 @@ def tokenizers(
         reports.append(report.describe())
         notes += [f"{name}: {line}" for line in eval_tokenizer.warnings(frames, found)]
         rows.append(row_of(name, titles[spelling], report))
-        if found.pairs:  # a process may have had none of the batches
+        if place.rank == 0:
             originals, copies = map(list, zip(*found.pairs, strict=True))
             pictures.setdefault(titles[spelling], originals)
             pictures[f"{name}: {rows[-1]['pixels']}, {titles[spelling]}"] = copies

@@ -44,7 +44,15 @@ TAKES = {
     "sequence_lengths": {"resolutions"},
     "patterns": {"resolutions", "sides", "preset"},
     "tune": {
-        *("resolutions", "sides", "pattern", "dtypes", "batch", "heads", "head_size", "normalise", "preset"),
+        "resolutions",
+        "sides",
+        "pattern",
+        "dtypes",
+        "batch",
+        "heads",
+        "head_size",
+        "normalise",
+        "preset",
     },
 }
 """What goes with each flag that does something else instead."""

@@ -40,7 +40,8 @@ class Flags:
     count: Annotated[int, typer.Option(min=2, help="Images of each setting.")] = 2000
     crop: Annotated[Literal["adm", "var"], typer.Option(help="How real images are cut to size.")] = "adm"
     vary: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUES", help="A setting and its values.")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUES", help="A setting and its values, if the figure leaves them open."),
     ] = None
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of all samplers.")

@@ -120,12 +120,15 @@ def test_sets_of_one_name_are_told_apart(world: Path, tmp_path: Path) -> None:
 def test_all_sets_are_seen_to_be_there_before_one_is_measured(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured: list[object] = []
-    monkeypatch.setattr(eval_tokenizer, "measure", lambda *given: measured.append(given))
-    for images, more in ((tmp_path / "none", ()), (world / "photos", ("--out", world / "photos" / "0.png"))):
-        flags = ("--images", SHAPES, "--images", images, *more)
-        result = hmar("analyze", "tokenizers", world / "codes", *flags)
-        assert result.exit_code == 2 and not measured, result.output
+    looked: list[object] = []
+    monkeypatch.setattr(eval_tokenizer, "measure", lambda *given: looked.append(given))
+    none, file = tmp_path / "none", world / "photos" / "0.png"
+    for flags, message in (
+        (("--images", none), f"no such source: {none}"),
+        (("--out", file), f"{file} is a file"),
+    ):
+        result = hmar("analyze", "tokenizers", world / "codes", "--images", SHAPES, *flags)
+        assert result.exit_code == 2 and message in result.stderr and not looked, result.output
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_tuning_says_what_is_fastest(tmp_path: Path, monkeypatch: pytest.MonkeyP
     document = json.loads((tmp_path / "tune.json").read_text())
     assert not document["complete"] and document["rows"][0]["found"] == found
     (table,) = outcome.tables
-    lines = [[column._cells[i] for column in table.columns] for i in range(2)]
+    lines = [[list(column.cells)[i] for column in table.columns] for i in range(2)]
     head = ["diagonal", "256 px", "B16 H24 D64, bf16, normalised"]
     assert lines == [
         [*head, "forward", "0.5", "0.25", "128x32, 4 warps, 3 stages, bulk, inline"],
@@ -325,10 +325,19 @@ def test_mistakes_are_one_line_and_a_hint(tmp_path: Path) -> None:
         "hmar-d17": ("--train-step", "hmar-d17"),
         "Invalid value for --batch": ("--batch", "-1"),
         "no use for --sides, --forward beside --train-step": (
-            *("--train-step", "hmar-tiny", "--sides", "1,2", "--forward"),
+            "--train-step",
+            "hmar-tiny",
+            "--sides",
+            "1,2",
+            "--forward",
         ),
         "no use for --heads beside --patterns and --sequence-lengths": (
-            *("--patterns", "--sequence-lengths", "--sides", "1,2", "--heads", "3"),
+            "--patterns",
+            "--sequence-lengths",
+            "--sides",
+            "1,2",
+            "--heads",
+            "3",
         ),
         "no use for --compile or --no-compile without --train-step": ("--no-compile",),
     }
