@@ -67,8 +67,8 @@ class KeptTokens:
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Write -inf into all but the best entries.
 
-    Top-k keeps ties with the k-th entry. Top-p then acts on the distribution that top-k left: it removes entries,
-    smallest first, while their summed probability stays within 1 - p, and never the largest.
+    Top-p acts on the distribution of the top k: it removes entries, smallest first, while their summed probability
+    stays within 1 - p, and never the largest. Ties with the smallest entry that stays are kept.
 
     Args:
         logits: [..., V] float32.
@@ -76,15 +76,15 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         top_p: 0 keeps all.
     """
     vocabulary = logits.shape[-1]
-    if 0 < top_k < vocabulary:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p > 0:
-        ascending, order = logits.sort(dim=-1)
+    count = min(top_k or vocabulary, vocabulary)
+    if count == vocabulary and not top_p:
+        return logits
+    ascending = logits.topk(count, dim=-1).values.flip(-1)
+    least = ascending[..., :1]
+    if top_p:
         removed = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        removed[..., -1] = False
-        logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, order, removed), float("-inf"))
-    return logits
+        least = ascending.gather(-1, removed[..., :-1].sum(dim=-1, keepdim=True))
+    return logits.masked_fill(logits < least, float("-inf"))
 
 
 def draw_counts(settings: NextScaleSample, scales: Scales) -> list[int]:
