@@ -86,7 +86,8 @@ class Options:
         resume: go on from the newest checkpoint in `out`.
         device: "cpu", "cuda" or empty.
         wandb: also report to Weights & Biases.
-        dry_run: run one step and write nothing; of a model without data, make the plan alone.
+        dry_run: run one step and write nothing; of a model without data, make the plan alone. Of a run to resume,
+            check that it can go on.
     """
 
     data: str = ""
@@ -329,14 +330,14 @@ def cache_job(recipe: Recipe, cache: Cache, tokenizer: Tokenizer, model: Model, 
 
 def execute(job: Job, options: Options, start: Checkpoint | None) -> Outcome:
     """Run a job."""
+    out = run_folder(job.recipe, options)
+    if options.resume:
+        check_same_run(out, start, job)
     if options.dry_run:
         outcome = rehearse(
             job.objective, job.batches, recipe=job.recipe, images=job.images, device=options.device
         )
         return replace(outcome, data=data_in_words(job))
-    out = run_folder(job.recipe, options)
-    if options.resume:
-        check_same_run(out, start, job)
 
     def save(
         folder: Path, step: int, weights: Weights, training: tuple[Mapping[str, Tensor], Mapping[str, Any]]
@@ -391,10 +392,8 @@ def starting_point(recipe: Recipe, options: Options) -> Checkpoint | None:
         UserError: a run to resume that isn't there, or a new run in a folder that is in use.
     """
     out = run_folder(recipe, options)
-    if options.dry_run:
-        return None
     if not options.resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not options.dry_run and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(
                 f"{out} is not empty", f"go on with --resume, or choose another folder with --out {out}-2"
             )

@@ -166,9 +166,14 @@ def test_a_resumed_run_keeps_its_settings(toys, cache, base, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(base, out)
     changed = ("--set", "model.depth=3", "--set", "train.accumulate=1", "--resume")
-    result = train(toys, "--data", cache, "--out", out, *changed)
-    refused(result, "model.depth: 2 in the run, 3 now", "train.accumulate: 2 in the run, 1 now")
-    longer = hmar("train", "--out", out, "--resume", "--set", "train.steps=3", "--device", "cpu")
+    for more in (("--dry-run",), ()):
+        result = train(toys, "--data", cache, "--out", out, *changed, *more)
+        refused(result, "model.depth: 2 in the run, 3 now", "train.accumulate: 2 in the run, 1 now")
+    going_on = ("train", "--out", out, "--resume", "--set", "train.steps=3", "--device", "cpu")
+    dry = hmar(*going_on, "--dry-run")
+    assert dry.exit_code == 0 and f"resuming {out}" in dry.stderr.replace("\n", ""), dry.output
+    assert open_checkpoint(out).step == 2
+    longer = hmar(*going_on)
     assert longer.exit_code == 0, longer.output  # recipe and cache are the run's own
     assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [1, 2, 3]
     assert open_checkpoint(out).step == 3
