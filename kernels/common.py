@@ -19,6 +19,8 @@ Result = TypeVar("Result", bound=Callable[..., Any])
 
 numbers = itertools.count()
 
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 TABLES = 32
 """Tables of each kind that are kept; a training run needs one, a benchmark a dozen."""
 
@@ -34,6 +36,21 @@ def normalize(q: Tensor, k: Tensor, head_scale: Tensor | None) -> tuple[Tensor, 
     wide = torch.promote_types(q.dtype, torch.float32)
     unit = F.normalize(q.to(wide), dim=-1) * head_scale.to(wide)[:, None]
     return unit.to(q.dtype), F.normalize(k.to(wide), dim=-1).to(k.dtype)
+
+
+def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say in one line why Triton's kernels cannot serve tensors; None where they can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"it cannot be imported: {error}"
+    if device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"Triton's kernels need a GPU, the tensors are on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton's kernels need a GPU of compute capability 8.0 or newer"
+    if dtype not in TRITON_DTYPES:
+        return f"Triton's kernels serve bfloat16, float16 and float32, not {dtype}"
+    return None
 
 
 def constant(function: Result) -> Result:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from hmar_kernels.common import to_device
+from hmar_kernels.common import to_device, triton_unavailable
 from hmar_kernels.tiles import Schedule, schedule
 from hmar_kernels.triton_backward import keys_kernel, queries_kernel
 from hmar_kernels.triton_forward import forward_kernel, norms_kernel
@@ -21,7 +21,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = math.log2(math.e)
 HEAD_SIZES = (32, 64, 96, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGN = 4
 """Bulk copies of float32 numbers begin at multiples of this, 16 bytes; elsewhere they fail."""
 POINTERS_ALONE = ("queries",) if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5) else ()
@@ -107,12 +106,8 @@ def settings_for(
 
 def unavailable(*, device: torch.device, dtype: torch.dtype, head_size: int, pattern: str) -> str | None:
     """Why this implementation can't serve such tensors, in one line; None where it can."""
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        return f"Triton's kernels need a GPU, the tensors are on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "Triton's kernels need a GPU of compute capability 8.0 or newer"
-    if dtype not in DTYPES:
-        return f"Triton's kernels serve bfloat16, float16 and float32, not {dtype}"
+    if reason := triton_unavailable(device, dtype):
+        return reason
     if head_size not in HEAD_SIZES:
         return f"Triton's kernels serve heads of {', '.join(map(str, HEAD_SIZES))}, not {head_size}"
     return None

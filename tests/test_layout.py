@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHARED = {"errors", "files", "console", "launch", "__version__"}
-KERNEL_USERS = {"models", "benchmarks"}
+KERNEL_USERS = {"models", "tokenizers", "benchmarks"}
 MAY_IMPORT = {
     "settings.py": {"models"},
     "recipe.py": {"settings"},

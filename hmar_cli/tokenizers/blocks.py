@@ -1,5 +1,8 @@
 """Convolutional encoder and decoder that image tokenizers share (VQGAN, Esser et al. 2021, appendix C).
 
+Without gradients, on a GPU, feature maps lie channels-last, and kernels of the project take the passes over memory
+between convolutions together: GroupNorm, SiLU, sums and the convolutions' biases (`fused`).
+
 Letters: B batch, C channels, H W height and width in pixels, h w those of a feature map.
 """
 
@@ -8,6 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from hmar_kernels import add_shifted, unserved
+from hmar_kernels import group_norm as normalize
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,6 +21,38 @@ def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm of 32 groups; of groups of four or more channels where 32 does not divide `channels`."""
     groups = 32 if channels % 32 == 0 else math.gcd(max(channels // 4, 1), channels, 32)
     return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def fused(x: Tensor) -> bool:
+    """Whether a feature map goes through the kernels: on a GPU, where no gradients are asked for, not compiled."""
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return unserved(x) is None
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """The same feature map, channels-last where it goes through the kernels."""
+    return x.contiguous(memory_format=torch.channels_last) if fused(x) else x
+
+
+def normalized(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, silu: bool = True) -> Tensor:
+    """Normalise x [B, C, h, w], to which a bias that `convolved` left is added first, and apply SiLU."""
+    if fused(x):
+        return normalize(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift=shift, silu=silu)
+    return F.silu(norm(x)) if silu else norm(x)
+
+
+def convolved(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Convolve x [B, C, h, w]; the kernels leave the bias [C] to what comes next, and it is returned beside."""
+    if fused(x):
+        return F.conv2d(x, conv.weight, stride=conv.stride, padding=conv.padding), conv.bias
+    return conv(x), None
+
+
+def summed(x: Tensor, y: Tensor, *shifts: Tensor | None) -> Tensor:
+    """Add feature maps [B, C, h, w] and the biases [C] that `convolved` left."""
+    left = [shift for shift in shifts if shift is not None]
+    return add_shifted(x, y, sum(left[1:], left[0])) if left else y + x
 
 
 class ResBlock(nn.Module):
@@ -36,9 +73,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, c_in, h, w] to [B, c_out, h, w]."""
-        y = self.conv1(F.silu(self.norm1(x)))  # [B, c_out, h, w]
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))  # type: ignore[no-any-return]
+        y, shift = convolved(self.conv1, normalized(self.norm1, x))  # [B, c_out, h, w]
+        y, shift = convolved(self.conv2, normalized(self.norm2, y, shift))
+        x, other = (x, None) if self.nin_shortcut is None else convolved(self.nin_shortcut, x)
+        return summed(x, y, shift, other)
 
 
 class AttentionBlock(nn.Module):
@@ -56,11 +94,11 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, h, w] to the same shape."""
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, hw, 3C]
+        qkv = self.qkv(normalized(self.norm, x, silu=False)).flatten(2).transpose(1, 2)  # [B, hw, 3C]
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)  # 3 x [B, 1, hw, C]: one head
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, hw, C]
-        y = y.transpose(1, 2).reshape(x.shape)  # [B, C, h, w]
-        return x + self.proj_out(y)  # type: ignore[no-any-return]
+        y, shift = convolved(self.proj_out, y.transpose(1, 2).reshape(x.shape))  # [B, C, h, w]
+        return summed(x, y, shift)
 
 
 class Downsample(nn.Module):
@@ -171,11 +209,11 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to features [B, out_channels, h, w]."""
-        x = self.conv_in(images)  # [B, C, H, W]
+        x = self.conv_in(laid_out(images))  # [B, C, H, W]
         for level in self.down:
             x = level(x)  # halved by all levels but the last
         x = self.mid(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(normalized(self.norm_out, x)).contiguous()  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -218,10 +256,10 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [B, in_channels, h, w] to images [B, 3, H, W], not clamped."""
-        x = self.mid(self.conv_in(features))  # [B, C, h, w]
+        x = self.mid(self.conv_in(laid_out(features)))  # [B, C, h, w]
         for level in reversed(self.up):
             x = level(x)  # doubled by all levels but up[0]
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(normalized(self.norm_out, x)).contiguous()  # type: ignore[no-any-return]
 
 
 def initialize(*modules: nn.Module) -> None:

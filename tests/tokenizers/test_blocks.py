@@ -1,8 +1,12 @@
 """Convolutional blocks: groups, shapes at odd sizes, and what their initial weights promise."""
 
+import copy
+
 import pytest
 import torch
+from hmar_kernels import unserved
 
+from hmar_cli.tokenizers import blocks
 from hmar_cli.tokenizers.blocks import AttentionBlock, Decoder, Encoder, ResBlock, group_norm, initialize
 
 
@@ -42,3 +46,35 @@ def test_initial_weights_keep_the_variance():
         pictures = decoder(torch.randn(4, 16, 6, 4))
     assert features.shape == (4, 16, 6, 4) and pictures.shape == (4, 3, 48, 32)
     assert 0.3 < features.std() < 1.2 and 0.3 < pictures.std() < 1.2
+
+
+def randomized(module: torch.nn.Module) -> torch.nn.Module:
+    """With weights and biases that all matter."""
+    for name, parameter in module.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
+    return module
+
+
+@pytest.mark.skipif(bool(unserved(torch.zeros(1, 1, 1, 1))), reason="tests/gpu has it where Triton compiles")
+@pytest.mark.parametrize("what", ["block", "wider block", "attention", "encoder", "decoder"])
+def test_kernels_change_nothing_but_the_rounding(what, monkeypatch):
+    """What Triton's interpreter makes of them is as near to float64 as PyTorch is in float32."""
+    torch.manual_seed(0)
+    shape = {"channels": 8, "multipliers": (1, 2), "res_blocks": 1}
+    module, x = {
+        "block": (ResBlock(24, 24), torch.randn(2, 24, 5, 7)),
+        "wider block": (ResBlock(8, 12), torch.randn(2, 8, 5, 7)),
+        "attention": (AttentionBlock(16), torch.randn(2, 16, 3, 5)),
+        "encoder": (Encoder(**shape, out_channels=4), torch.randn(2, 3, 8, 12)),
+        "decoder": (Decoder(**shape, in_channels=4), torch.randn(2, 4, 4, 6)),
+    }[what]
+    module = randomized(module)
+    with torch.no_grad():
+        exact, plain = copy.deepcopy(module).double()(x.double()), module(x)
+        monkeypatch.setattr(blocks, "fused", lambda x: True)
+        monkeypatch.setattr(torch.nn.GroupNorm, "forward", lambda norm, x: pytest.fail(f"{norm} ran"))
+        found = module(x)
+    assert found.dtype == plain.dtype
+    assert found.is_contiguous() or what not in ("encoder", "decoder")
+    errors = [float((y - exact).square().mean().sqrt()) for y in (found, plain)]
+    assert errors[0] < 2 * errors[1] and errors[1] < 1e-5 * float(exact.abs().max())
