@@ -38,6 +38,7 @@ def normalize(q: Tensor, k: Tensor, head_scale: Tensor | None) -> tuple[Tensor, 
     return unit.to(q.dtype), F.normalize(k.to(wide), dim=-1).to(k.dtype)
 
 
+@functools.cache
 def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Say in one line why Triton's kernels cannot serve tensors; None where they can."""
     try:
