@@ -1,4 +1,4 @@
-"""Attention over scales, block-causal (VAR) and block-diagonal (HMAR); norms and sums of feature maps."""
+"""Attention over scales, block-causal (VAR) and block-diagonal (HMAR); passes between products and convolutions."""
 
 from hmar_kernels.api import (
     IMPLEMENTATIONS,
@@ -10,7 +10,9 @@ from hmar_kernels.api import (
     scale_attention,
     unavailable,
 )
-from hmar_kernels.feature_maps import add_shifted, group_norm, unserved
+from hmar_kernels.common import fuses, unserved
+from hmar_kernels.feature_maps import add_shifted, group_norm
+from hmar_kernels.tokens import gated_sum, modulated_norm, unit_heads
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -19,9 +21,13 @@ __all__ = [
     "Side",
     "add_shifted",
     "choose",
+    "fuses",
+    "gated_sum",
     "group_norm",
     "measure",
+    "modulated_norm",
     "scale_attention",
     "unavailable",
+    "unit_heads",
     "unserved",
 ]

@@ -54,6 +54,25 @@ def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def unserved(x: Tensor, *others: Tensor | None) -> str | None:
+    """Say in one line why Triton's kernels without a backward pass cannot serve a tensor; None where they can.
+
+    Args:
+        x: whose device and dtype count.
+        others: whatever else goes in.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        return "there is no backward pass, and gradients are asked for"
+    return triton_unavailable(x.device, x.dtype)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether models leave x to those kernels: on a GPU, where no gradients are asked for, not compiled."""
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return unserved(x) is None
+
+
 def constant(function: Result) -> Result:
     """Decorate a function of constants that compiled graphs call while they are traced, keeping its result."""
     return torch.compiler.assume_constant_result(function)  # type: ignore[no-any-return]

@@ -9,20 +9,8 @@ import importlib
 from types import ModuleType
 
 import torch
-from hmar_kernels.common import triton_unavailable
+from hmar_kernels.common import unserved
 from torch import Tensor
-
-
-def unserved(x: Tensor, *others: Tensor | None) -> str | None:
-    """Say in one line why the functions here cannot serve feature maps like x [B, C, H, W]; None where they can.
-
-    Args:
-        x: a feature map.
-        others: whatever else goes in.
-    """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
-        return "there is no backward pass, and gradients are asked for"
-    return triton_unavailable(x.device, x.dtype)
 
 
 def group_norm(

@@ -6,7 +6,7 @@ Letters: B batch, L tokens, C width, H heads, D = C / H.
 import math
 
 import torch
-from hmar_kernels import Pattern, scale_attention
+from hmar_kernels import Pattern, fuses, gated_sum, modulated_norm, scale_attention, unit_heads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +20,15 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
         return x
     keep = torch.empty(x.shape[0], *[1] * (x.ndim - 1), device=x.device).bernoulli_(1 - rate)
     return x * (keep / (1 - rate)).to(x.dtype)
+
+
+def modulated(norm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalise x [B, N, C] by a norm without weights of its own, scale and shift it, for a linear layer to take."""
+    if not fuses(x):
+        return norm(x) * (1 + scale) + shift  # type: ignore[no-any-return]
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return modulated_norm(x, scale, shift, norm.eps, dtype)
 
 
 class AdaLN(nn.Module):
@@ -127,8 +136,11 @@ class ScaleAttention(nn.Module):
             )
             return self.proj(out.flatten(2))  # type: ignore[no-any-return]
         q, k, v = qkv.unbind(dim=2)  # 3 x [B, N, H, D]
-        q = (F.normalize(q.float(), dim=-1) * temperature[:, None]).to(v.dtype)
-        k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        if fuses(q):
+            q, k = unit_heads(q, temperature), unit_heads(k)
+        else:
+            q = (F.normalize(q.float(), dim=-1) * temperature[:, None]).to(v.dtype)
+            k = F.normalize(k.float(), dim=-1).to(v.dtype)
         keys, values = cache.extend(block, sum(h * w for h, w in sides) - x.shape[1], k, v)
         out = scale_attention((q, keys, values), sides, self.pattern, implementation=self.implementation)
         return self.proj(out.flatten(2))  # type: ignore[no-any-return]
@@ -234,10 +246,14 @@ class Block(nn.Module):
         """
         vectors = self.adaln(condition) if vectors is None else vectors  # [B, 6, 1, C]
         gamma1, gamma2, scale1, scale2, shift1, shift2 = vectors.unbind(dim=1)  # 6 x [B, 1, C]
-        attended = self.attention(self.norm(x) * (1 + scale1) + shift1, sides, cache, block)
-        x = x + drop_path(gamma1 * attended, self.drop_path_rate, self.training)
-        fed = self.feed_forward(self.norm(x) * (1 + scale2) + shift2)
-        return x + drop_path(gamma2 * fed, self.drop_path_rate, self.training)
+        x = self._add(x, gamma1, self.attention(modulated(self.norm, x, scale1, shift1), sides, cache, block))
+        return self._add(x, gamma2, self.feed_forward(modulated(self.norm, x, scale2, shift2)))
+
+    def _add(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        """Add the residual branch y."""
+        if fuses(x) and not self.training:
+            return gated_sum(x, gate, y)
+        return x + drop_path(gate * y, self.drop_path_rate, self.training)
 
 
 class OutputHead(nn.Module):
@@ -258,4 +274,4 @@ class OutputHead(nn.Module):
         """Map x [B, N, C] and the class embedding [B, C] to logits [B, N, V]."""
         with torch.autocast(x.device.type, enabled=False):
             scale, shift = self.adaln(class_embedding.float()).unbind(dim=1)  # 2 x [B, 1, C]
-            return self.linear(self.norm(x.float()) * (1 + scale) + shift)  # type: ignore[no-any-return]
+            return self.linear(modulated(self.norm, x.float(), scale, shift))  # type: ignore[no-any-return]

@@ -123,7 +123,7 @@ def through(codec: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> dict
         with torch.autocast("cuda", half or torch.bfloat16, enabled=half is not None):
             found["kernels"] = both()
             assert not norms, "PyTorch's GroupNorm ran"
-            monkeypatch.setattr(blocks, "fused", lambda x: False)
+            monkeypatch.setattr(blocks, "fuses", lambda x: False)
             found["plain"] = both()
             assert norms
         tokenizer.double()
