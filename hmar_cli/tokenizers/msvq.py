@@ -95,7 +95,7 @@ class Quantized(NamedTuple):
 
 
 class ScaleQuantizer(nn.Module):
-    """Residual quantization over scales; all arithmetic is float32, under autocast too.
+    """Residual quantization over scales; what is computed forward is float32, under autocast too.
 
     Args:
         scales: the token grids.
@@ -286,22 +286,21 @@ def _at_grid(x: Tensor, grid: tuple[int, int]) -> Tensor:
 def _enlarge(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Bicubic interpolation of x [B, Z, h_k, w_k] to a larger grid.
 
-    On a GPU by two products: PyTorch's kernel gives a place to each thread, which takes all channels of the batch in
-    turn, and adds up gradients in any order.
+    By two products, since PyTorch's kernel gives a place to each thread of a GPU, which takes all channels of the
+    batch in turn, and adds up gradients in any order. Compiled, it is fused.
     """
-    if not x.is_cuda or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return F.interpolate(x, size=grid, mode="bicubic")
-    rows, columns = (bicubic_weights(*sides, x.device) for sides in zip(x.shape[-2:], grid, strict=True))
+    rows, columns = (_bicubic_weights(*sides, x.device) for sides in zip(x.shape[-2:], grid, strict=True))
     return rows @ (x @ columns.T)
 
 
-@cache  # forever: recorded CUDA graphs read it
-def bicubic_weights(short: int, long: int, device: torch.device) -> Tensor:
+@cache  # forever: recorded CUDA graphs read them
+def _bicubic_weights(short: int, long: int, device: torch.device) -> Tensor:
     """What each of `long` places takes of `short` ones in bicubic interpolation: [long, short] float32."""
-    with torch.inference_mode(False):  # training may need it, too
-        return F.interpolate(torch.eye(short)[None, None], size=(long, short), mode="bicubic")[0, 0].to(
-            device
-        )
+    with torch.inference_mode(False):  # training may need them, too
+        places = torch.eye(short, dtype=torch.float32, device="cpu")[None, None]
+        return F.interpolate(places, size=(long, short), mode="bicubic")[0, 0].to(device)
 
 
 class MultiScaleVQ(nn.Module):

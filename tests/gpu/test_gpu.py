@@ -12,6 +12,7 @@ from hmar_cli.sampling.images import Job, Labels, Sampler, autocast, select_atte
 from hmar_cli.sampling.next_scale import draw_counts, sample_next_scale
 from hmar_cli.sampling.noise import PhiloxNoise
 from hmar_cli.settings import NextScaleSample
+from hmar_cli.tokenizers import msvq
 from hmar_cli.tokenizers.msvq import MultiScaleVQ, ScaleQuantizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -85,7 +86,9 @@ def test_recorded_batches_are_plain_ones(pattern: str, precision: str, attention
 
 
 @pytest.mark.parametrize("sides", [[1, 2, 3, 4], [(1, 2), (3, 4), (4, 6)]])
-def test_contributions_are_those_of_the_cpu(sides: list[int]) -> None:
+def test_contributions_are_those_of_the_cpu(sides: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # backward, too
+    msvq._bicubic_weights.cache_clear()
     quantizer = ScaleQuantizer(scales=Scales.of(sides), z_channels=8, vocab_size=64)
     with torch.inference_mode():  # what is kept of it must serve training as well
         deepcopy(quantizer).cuda().f_hat(
