@@ -86,8 +86,8 @@ class Options:
         resume: go on from the newest checkpoint in `out`.
         device: "cpu", "cuda" or empty.
         wandb: also report to Weights & Biases.
-        dry_run: run one step and write nothing; of a model without data, make the plan alone. Of a run to resume,
-            check that it can go on.
+        dry_run: run one step, of a run to resume the next one, and write nothing; of a model without data, make the
+            plan alone.
     """
 
     data: str = ""
@@ -335,7 +335,12 @@ def execute(job: Job, options: Options, start: Checkpoint | None) -> Outcome:
         check_same_run(out, start, job)
     if options.dry_run:
         outcome = rehearse(
-            job.objective, job.batches, recipe=job.recipe, images=job.images, device=options.device
+            job.objective,
+            job.batches,
+            recipe=job.recipe,
+            images=job.images,
+            resume=start,
+            device=options.device,
         )
         return replace(outcome, data=data_in_words(job))
 

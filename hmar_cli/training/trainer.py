@@ -185,21 +185,28 @@ def fit(
     """
     if wandb:
         require_wandb()
-    trainer = Trainer(objective, recipe, images, device)
-    if resume is not None:
-        trainer.restore(resume)
+    trainer = Trainer(objective, recipe, images, device, resume)
     return trainer.run(batches, out, save, preview, resume, wandb)
 
 
 def rehearse(
-    objective: Objective, batches: Batches, *, recipe: Recipe, images: int, device: str = ""
+    objective: Objective,
+    batches: Batches,
+    *,
+    recipe: Recipe,
+    images: int,
+    resume: Checkpoint | None = None,
+    device: str = "",
 ) -> Outcome:
-    """Run one step of what `fit` would do, and write nothing.
+    """Run the next step of what `fit` would do, if it has one left, and write nothing; the row is of that step alone.
 
     Raises:
         UserError: as `fit`.
     """
-    trainer = Trainer(objective, recipe, images, device)
+    trainer = Trainer(objective, recipe, images, device, resume)
+    if trainer.step >= trainer.plan.steps:
+        return trainer.outcome(None, 0, Row())
+    trainer.means, trainer.norms = Means(), Means()
     stream = trainer.stream(batches)
     start = time.perf_counter()
     with contextlib.closing(stream):
@@ -211,7 +218,14 @@ def rehearse(
 class Trainer:
     """The state of a run and what one step does to it; see `fit`."""
 
-    def __init__(self, objective: Objective, recipe: Recipe, images: int, device: str = "") -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        recipe: Recipe,
+        images: int,
+        device: str = "",
+        resume: Checkpoint | None = None,
+    ) -> None:
         parallel = DistributedDataParallelKwargs(
             broadcast_buffers=False,
             find_unused_parameters=objective.unused_parameters,
@@ -260,6 +274,8 @@ class Trainer:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
                 self.wrapped = self.accelerator.prepare_model(objective, device_placement=False)
+        if resume is not None:
+            self.restore(resume)
 
     def _no_graphs(self) -> str:
         """Why steps cannot be CUDA graphs; empty where they can."""

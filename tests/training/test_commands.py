@@ -175,7 +175,9 @@ def test_a_resumed_run_keeps_its_settings(toys, cache, base, tmp_path):
     assert open_checkpoint(out).step == 2
     longer = hmar(*going_on)
     assert longer.exit_code == 0, longer.output  # recipe and cache are the run's own
-    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == [1, 2, 3]
+    rows = read_rows(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert f"one step: loss {rows[2]['loss']:.4f}, " in dry.stderr
     assert open_checkpoint(out).step == 3
 
 
@@ -215,8 +217,9 @@ def test_an_imported_checkpoint_cannot_be_resumed(toys, cache, base, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(base, out)
     shutil.rmtree(step_folder(out, 2) / "training")
-    result = train(toys, "--data", cache, "--out", out, "--resume")
-    refused(result, "without the state of the optimizer", "--init")
+    for more in (("--dry-run",), ()):
+        result = train(toys, "--data", cache, "--out", out, "--resume", *more)
+        refused(result, "without the state of the optimizer", "--init")
 
 
 def test_init_carries_class_embeddings_by_name(toys, cache, base, tmp_path):

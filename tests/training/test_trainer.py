@@ -344,6 +344,29 @@ def test_rehearsal_runs_one_step_and_writes_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rehearsal_of_a_resumed_run_runs_its_next_step(tmp_path):
+    """The loss is of that step alone, where the run's next row has the mean of two."""
+    run(tmp_path / "a", toys.recipe(log_every=1))
+    run(tmp_path / "b", toys.recipe())
+    before = sorted(tmp_path.rglob("*"))
+    outcomes = [
+        rehearse(
+            toys.Toy(),
+            toys.batches,
+            recipe=toys.recipe(),
+            images=toys.IMAGES,
+            resume=open_checkpoint(folder),
+            device="cpu",
+        )
+        for folder in list_steps(tmp_path / "b")
+    ]
+    assert [outcome.step for outcome in outcomes] == [4, 6]
+    outcomes[0].last.pop("images_per_second")
+    assert outcomes[0].last == untimed(tmp_path / "a")[3]
+    assert outcomes[1].last == {}  # the run is finished
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_bf16_runs_under_autocast(monkeypatch):
     seen = []
 
