@@ -308,7 +308,7 @@ class Painter:
     def speed(self, job: Job) -> dict[str, Cell]:
         """Seconds an image and its inverse, of this process alone, as `steady` has it of full batches.
 
-        A process that drew none has nothing to say.
+        Of one or two that is the last, which may have loaded, compiled or recorded; of none it is None.
         """
         if not self.seconds:
             return {SECONDS: None, RATE: None}

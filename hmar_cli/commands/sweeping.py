@@ -140,8 +140,9 @@ def carry_out(
 
     out = analysis_folder(flags.out, study.name)
     judge = open_judge(study, flags, trials, reference)
-    first = join_processes(flags.device).rank == 0
-    for line in doubts(judge, flags.count) if first else ():
+    place = join_processes(flags.device)
+    first = place.rank == 0
+    for line in [*doubts(judge, flags.count), *few_batches(trials, place.world)] if first else ():
         warn(line)
     outcomes = sweep(trials, judge, out, device=flags.device, shown=flags.shown)
     leave_processes()
@@ -506,3 +507,18 @@ def doubts(judge: "Judge", count: int) -> list[str]:
         return few_images(count, 0, "each setting", judge.metrics)
     width = real.statistics.mean.numel()
     return [*few_images(count, width, "each setting", judge.metrics), *warnings(real, compared)]
+
+
+def few_batches(trials: "Sequence[Trial]", processes: int) -> list[str]:
+    """For which batch sizes a process draws too few batches to time one that neither loads, compiles nor records."""
+    from hmar_cli.analysis.sweep import SECONDS, full_batch
+    from hmar_cli.sampling.images import WARM_UPS
+
+    found = {full_batch(each.job): each.job.count for each in trials}
+    timed = {size: -(-(count // size) // processes) for size, count in found.items()}
+    return [
+        f"{SECONDS} by full batches of {size} says little: a process has {number}, "
+        f"and the first {WARM_UPS} load, compile and record"
+        for size, number in timed.items()
+        if number <= WARM_UPS
+    ]

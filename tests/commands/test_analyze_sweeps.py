@@ -442,6 +442,18 @@ def test_too_few_images_are_warned_of_before_any_is_drawn(
     assert before.count("IS by") == 1 and "says little" not in after
 
 
+@pytest.mark.parametrize(("size", "number"), [(12, 1), (5, 2), (4, 3)])
+def test_too_few_batches_to_time_one_are_warned_of(
+    world: Path, tmp_path: Path, size: int, number: int
+) -> None:
+    """The last batch, which is not full, is not timed."""
+    batches = ("--count", 14, "--batch-size", size, "--vary", "cfg=1", "--metrics", "fid")
+    result = hmar("analyze", "guidance", world / "var", *judged(world), "--out", tmp_path, *batches)
+    assert result.exit_code == 0, result.output
+    line = f"s/image by full batches of {size} says little: a process has {number}, and the first 2 load"
+    assert (line in result.stderr) == (number < 3) == ("s/image" in result.stderr)
+
+
 def test_statistics_of_another_cut_are_refused_before_anything_is_drawn(world: Path, tmp_path: Path) -> None:
     path = tmp_path / "var.npz"
     done = hmar("eval", "samples", *judged(world)[1:], "--crop", "var", "--make-stats", path)
