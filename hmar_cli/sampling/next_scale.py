@@ -67,8 +67,13 @@ class KeptTokens:
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Write -inf into all but the best entries.
 
-    Top-p acts on the distribution of the top k: it removes entries, smallest first, while their summed probability
-    stays within 1 - p, and never the largest. Ties with the smallest entry that stays are kept.
+    Top-p acts on the distribution of the top k, of exactly k entries: it removes entries, smallest first, while their
+    summed probability stays within 1 - p, and never the largest.
+
+    Ties are never split: all entries that equal the smallest one that stays are kept. So more than k can stay, since
+    ties with the k-th are kept with it, though the distribution that top-p acts on has no part of them; and of equal
+    logits all stay at any p. The published sampler counts such ties in that distribution, and splits ties by the
+    order in which a sort leaves them.
 
     Args:
         logits: [..., V] float32.

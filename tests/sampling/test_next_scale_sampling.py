@@ -149,6 +149,24 @@ def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
 
 
 @pytest.mark.parametrize(
+    ("weights", "top_k", "top_p", "kept"),
+    [
+        ((1, 1, 1, 1), 0, 0.5, 4),
+        ((16, 4, 4, 4, 1, 1), 5, 0.8, 4),  # top-p ends within the ties of 4
+        ((8, 2, 2, 2, 1), 2, 0.0, 4),
+        ((8, 2, 2, 2, 1), 2, 0.85, 4),  # 2 is a fifth of the top two, a seventh of the four that stay
+        ((8, 2, 2, 2, 1), 2, 0.7, 1),
+    ],
+)
+def test_ties_are_never_split(weights: tuple[int, ...], top_k: int, top_p: float, kept: int) -> None:
+    """With the k-th entry they have no part in the distribution that top-p acts on."""
+    logits = torch.tensor(weights).log()
+    expected = logits.masked_fill(torch.arange(len(weights)) >= kept, float("-inf"))
+    assert torch.equal(filter_logits(logits, top_k, top_p), expected)
+    assert torch.equal(filter_logits(logits.flip(0), top_k, top_p), expected.flip(0))
+
+
+@pytest.mark.parametrize(
     ("precision", "inside"), [("auto", "highest"), ("fp32", "highest"), ("bf16", "high")]
 )
 def test_float32_stays_float32_but_under_bf16(precision: str, inside: str) -> None:
