@@ -318,8 +318,9 @@ def draw_images(
         keep: what else is written.
 
     Returns:
-        Precision, seconds, images per second (also by `steady`, where there is a second batch) and
-        images that were there already, in the first process; None in the others.
+        In the first process precision, device, seconds, images per second over all of these, the same by the time of
+        a batch alone (`steady`; None where fewer than two were full), and images that were there already; None in
+        the others.
 
     Raises:
         UserError: no such device, the folder holds other images, or the model gave numbers that are not finite.
