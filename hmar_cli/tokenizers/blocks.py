@@ -51,14 +51,14 @@ def summed(x: Tensor, y: Tensor, *shifts: Tensor | None) -> Tensor:
 def pixels(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Convolve x [B, C, h, w] to the few channels of an image, contiguous.
 
-    Channels-last, cuDNN takes 25 ms for 3 channels of 64 images of 256 pixels, a third of a decoder's time; 8 it can
-    leave to the tensor cores.
+    Channels-last, cuDNN makes 3 of 160 channels without tensor cores, in a fifth of a decoder's time; 32 are made with
+    them, ten times as fast.
     """
     few = conv.out_channels
-    if not fuses(x) or few % 8 == 0:
+    if not fuses(x) or few % 32 == 0:
         return conv(x).contiguous()  # type: ignore[no-any-return]
     assert conv.bias is not None
-    weight, bias = (F.pad(p, (0, 0) * (p.ndim - 1) + (0, -few % 8)) for p in (conv.weight, conv.bias))
+    weight, bias = (F.pad(p, (0, 0) * (p.ndim - 1) + (0, -few % 32)) for p in (conv.weight, conv.bias))
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)[:, :few].contiguous()
 
 
