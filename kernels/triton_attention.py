@@ -96,8 +96,9 @@ def settings_for(
     tall = Setting(128, 64, 4, 3, bulk=True)
     if normalized:
         if seen < 300:
-            return Settings(replace(square, inline=True), replace(narrow, registers=128), narrow)
-        forward = replace(square, registers=128) if seen < 2000 else tall
+            forward = replace(square, inline=True, registers=128)
+            return Settings(forward, replace(narrow, registers=128), narrow)
+        forward = replace(square, registers=128) if seen < 4000 else tall
         return Settings(forward, replace(square, registers=168), narrow if seen < 1000 else square)
     forward = narrow if seen < 1000 else replace(square, stages=4) if seen < 2000 else tall
     keys = replace(narrow, registers=128) if seen < 1000 else replace(square, registers=168)
