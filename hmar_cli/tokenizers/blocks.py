@@ -51,8 +51,8 @@ def summed(x: Tensor, y: Tensor, *shifts: Tensor | None) -> Tensor:
 def pixels(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Convolve x [B, C, h, w] to the few channels of an image, contiguous.
 
-    Channels-last, cuDNN makes 3 of 160 channels without tensor cores, in a fifth of a decoder's time; 32 are made with
-    them, ten times as fast.
+    Channels-last, cuDNN makes 3 of 160 channels without tensor cores, in a fifth of a decoder's time; 32 are made
+    with them, ten times as fast.
     """
     few = conv.out_channels
     if not fuses(x) or few % 32 == 0:
