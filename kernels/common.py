@@ -40,37 +40,44 @@ def normalize(q: Tensor, k: Tensor, head_scale: Tensor | None) -> tuple[Tensor, 
 
 @functools.cache
 def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say in one line why Triton's kernels cannot serve tensors; None where they can."""
+    """Say in one line why Triton's kernels cannot serve tensors; None where they can.
+
+    What is found is kept for the device as it is named; those of tensors have an index.
+    """
     try:
         import triton
     except ImportError as error:
-        return f"it cannot be imported: {error}"
+        return f"Triton cannot be imported: {error}"
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"Triton's kernels need a GPU, the tensors are on {device.type}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton's kernels need a GPU of compute capability 8.0 or newer"
     if dtype not in TRITON_DTYPES:
         return f"Triton's kernels serve bfloat16, float16 and float32, not {dtype}"
+    if device.type == "cuda":
+        try:  # it compiles a module of its own at first, in which anything can fail
+            triton.runtime.driver.active.get_current_device()
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            return f"Triton cannot start (it needs a C compiler and Python's headers): {reason}"
     return None
 
 
 def unserved(x: Tensor, *others: Tensor | None) -> str | None:
-    """Say in one line why Triton's kernels without a backward pass cannot serve a tensor; None where they can.
-
-    Args:
-        x: whose device and dtype count.
-        others: whatever else goes in.
-    """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+    """Say in one line why Triton's kernels without a backward pass cannot serve tensors; None where they can."""
+    given = [x, *(t for t in others if t is not None)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return "there is no backward pass, and gradients are asked for"
-    return triton_unavailable(x.device, x.dtype)
+    if any(t.device != x.device for t in given):
+        return f"expected tensors on one device, got {', '.join(str(t.device) for t in given)}"
+    return next(filter(None, (triton_unavailable(t.device, t.dtype) for t in given)), None)
 
 
 def fuses(x: Tensor) -> bool:
     """Whether models leave x to those kernels: on a GPU, where no gradients are asked for, not compiled."""
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    return unserved(x) is None
+    return triton_unavailable(x.device, x.dtype) is None
 
 
 def constant(function: Result) -> Result:

@@ -74,7 +74,7 @@ def unit_heads(x: Tensor, head_scale: Tensor | None = None) -> Tensor:
         shape = None if head_scale is None else [*head_scale.shape]
         raise ValueError(f"expected x [B, N, H, D] and a scale [H] or None, got {[*x.shape]} and {shape}")
     with torch.cuda.device_of(x):
-        out: Tensor = _kernels().unit_heads(x, head_scale)
+        out: Tensor = _kernels().unit_heads(x, None if head_scale is None else head_scale.contiguous())
     return out
 
 
@@ -84,9 +84,8 @@ def _broadcast(x: Tensor, *others: Tensor) -> list[Tensor]:
     Raises:
         ValueError: what doesn't fit.
     """
-    for each in (x, *others):
-        if reason := unserved(each):
-            raise ValueError(reason)
+    if reason := unserved(x, *others):
+        raise ValueError(reason)
     try:
         views = [each.expand_as(x) for each in others]
     except RuntimeError:

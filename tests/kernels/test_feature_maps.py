@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ if reason := unserved(torch.zeros(1, 1, 1, 1)):
     pytest.skip(f"compiled here, tests/gpu has its tests: {reason}", allow_module_level=True)
 
 from hmar_kernels import triton_feature_maps
+from hmar_kernels.common import triton_unavailable
 from hmar_kernels.triton_feature_maps import Cut
 from map_budget import norm_bounds, steps_of, sum_bounds
 
@@ -138,7 +140,32 @@ import sys
 sys.modules["triton"] = None
 import torch
 from hmar_kernels import unserved
-print(unserved(torch.zeros(1, 1, 1, 1)))
+import hmar_cli.models.layers
+from hmar_cli.tokenizers.blocks import Decoder
+x = torch.zeros(1, 4, 2, 3)
+with torch.inference_mode():
+    image = Decoder(channels=8, multipliers=(1, 2), res_blocks=1, in_channels=4)(x)
+print(tuple(image.shape), unserved(x))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("it cannot be imported")
+    assert done.stdout.startswith("(1, 3, 4, 6) Triton cannot be imported: ")
+
+
+def test_a_gpu_on_which_triton_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its driver is compiled when it is first touched."""
+
+    class Driver:
+        @property
+        def active(self) -> None:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    place = torch.device("cuda", 0), torch.float32
+    monkeypatch.setattr("triton.runtime.driver", Mock())
+    assert triton_unavailable.__wrapped__(*place) is None
+    monkeypatch.setattr("triton.runtime.driver", Driver())
+    reason = triton_unavailable.__wrapped__(*place)
+    assert (
+        reason
+        == "Triton cannot start (it needs a C compiler and Python's headers): Failed to find C compiler."
+    )

@@ -51,8 +51,8 @@ def test_sum(width: int) -> None:
 def test_heads(heads: int, size: int) -> None:
     qkv = draw(2, 17, 3, heads, size)
     qkv[0, 3] = 0
-    q, scale = qkv.unbind(2)[1], draw(heads)
-    for each in (None, scale):
+    q, scale = qkv.unbind(2)[1], draw(heads, 2)
+    for each in (None, scale[:, 0], scale[:1, 1].expand(heads)):
         found = unit_heads(q, each)
         assert found.is_contiguous()
         unit_heads_bounds(q, each).check(found, "unit_heads")
@@ -70,5 +70,7 @@ def test_what_is_not_served() -> None:
         modulated_norm(x.requires_grad_(), x, x, 1e-6, torch.float32)
     with pytest.raises(ValueError, match="float64"):
         gated_sum(x.detach(), x.detach().double(), x.detach())
+    with pytest.raises(ValueError, match="on one device, got cpu, cpu, meta"):
+        gated_sum(x.detach(), draw(2, 3, 8), draw(2, 3, 8).to("meta"))
     with pytest.raises(ValueError, match=r"expected x \[B, N, H, D\] and a scale \[H\] or None"):
         unit_heads(draw(1, 2, 3, 4), draw(2))
