@@ -11,7 +11,7 @@ from hmar_kernels.api import (
     unavailable,
 )
 from hmar_kernels.common import fuses, unserved
-from hmar_kernels.feature_maps import add_shifted, group_norm
+from hmar_kernels.feature_maps import add_biased, group_norm
 from hmar_kernels.tokens import gated_sum, modulated_norm, unit_heads
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "Choice",
     "Pattern",
     "Side",
-    "add_shifted",
+    "add_biased",
     "choose",
     "fuses",
     "gated_sum",

@@ -1,9 +1,10 @@
 """Triton: GroupNorm with SiLU of channels-last feature maps, and their sums; each adds a number to every channel.
 
-A feature map lies in memory as a matrix whose rows are positions and whose columns are channels. A program takes a
-block of columns of some rows, a tile at a time. GroupNorm runs three kernels: the statistics of every channel over
-stretches of positions; a factor and an offset for every channel, from the statistics of its group; and the result.
-The stretches depend on the size of a map alone, so that an image gets the same numbers in every batch.
+A feature map lies in memory as a matrix whose rows are positions and whose columns are channels. A tile is a block of
+columns of some rows. GroupNorm runs three kernels: the statistics of every channel over stretches of positions, of
+which a program takes one, tile by tile; a factor and an offset for every channel, from the statistics of its group;
+and the result, where a program takes a tile, as it does in sums. The stretches depend on the size of a map alone, so
+that an image gets the same numbers in every batch.
 
 Letters: B batch, C channels, P positions, S stretches of positions, W columns of a block.
 """
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SIZES = ["positions", "stretch", "rows", "span"]
+SIZES = ["positions", "stretch"]
 """Arguments whose values never make a kernel of their own."""
 STRETCHES, LEAST = 256, 32
 """At most so many stretches, each of at least so many positions."""
@@ -33,17 +34,15 @@ class Cut:
     Attributes:
         tile: numbers that a program takes at a time.
         warps: of a program.
-        widest: columns of a block at most.
     """
 
     tile: int
     warps: int
-    widest: int = 256
 
 
-STATISTICS, RESULT = Cut(2048, 4), Cut(4096, 4)
-PROGRAMS, STEPS = 2048, 8
-"""A program of an elementwise kernel takes several tiles, up to STEPS, where more than PROGRAMS remain."""
+STATISTICS, RESULT = Cut(2048, 4), Cut(1024, 4)
+WIDEST = 256
+"""Columns of a block at most."""
 
 
 @triton.jit
@@ -108,7 +107,7 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def factors_kernel(
-    parts, factors, weight, bias, shift, eps, positions, stretch, C: tl.constexpr, SIZE: tl.constexpr,
+    parts, factors, weight, bias, conv_bias, eps, positions, stretch, C: tl.constexpr, SIZE: tl.constexpr,
     WIDTH: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """One group of `SIZE` channels: factors [B, 2, C], what x is multiplied by and what is added then."""
@@ -125,8 +124,8 @@ def factors_kernel(
     squares = tl.load(pointers + C, mask=inside, other=0.0)
     counts = tl.where(inside, tl.minimum(stretch, positions - at * stretch)[:, None], 0).to(tl.float32)
     added = tl.zeros([WIDTH], tl.float32)
-    if shift is not None:
-        added += tl.load(shift + channels, mask=own, other=0.0).to(tl.float32)
+    if conv_bias is not None:
+        added += tl.load(conv_bias + channels, mask=own, other=0.0).to(tl.float32)
     mean += added[None, :]
     total = tl.cast(positions, tl.float32) * SIZE
     center = tl.sum(tl.sum(counts * mean, 1), 0) / total
@@ -141,56 +140,49 @@ def factors_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def result_kernel(
-    x, y, factors, positions, span, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr
+    x, y, factors, positions, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
-    """Write `span` rows of y [B, P, C]: SiLU of factor x + offset, or without SiLU."""
+    """One tile of y [B, P, C]: SiLU of factor x + offset, or without SiLU."""
     columns, part = block_of(C, WIDTH)
-    spans = tl.cdiv(positions, span)
-    b = tl.cast(part // spans, tl.int64)
-    first = part % spans * span
-    count = tl.minimum(span, positions - first)
+    tiles = tl.cdiv(positions, ROWS)
+    b = tl.cast(part // tiles, tl.int64)
+    first = part % tiles * ROWS
     rows = tl.arange(0, ROWS)
+    inside = within(first + rows, columns, positions, C, WIDTH)
     factor = load_columns(factors + b * 2 * C, columns, C, WIDTH)[None, :]
     offset = load_columns(factors + b * 2 * C + C, columns, C, WIDTH)[None, :]
     begin = (b * positions + first) * C
-    for start in tl.range(0, count, ROWS):
-        inside = within(start + rows, columns, count, C, WIDTH)
-        at = begin + tl.cast(start, tl.int64) * C
-        places = rows[:, None] * C + columns[None, :]
-        value = tl.load(x + at + places, mask=inside, other=0.0).to(tl.float32) * factor + offset
-        if SILU:
-            value = value / (1.0 + tl.exp(-value))
-        tl.store(y + at + places, value.to(y.dtype.element_ty), mask=inside)
+    places = rows[:, None] * C + columns[None, :]
+    value = tl.load(x + begin + places, mask=inside, other=0.0).to(tl.float32) * factor + offset
+    if SILU:
+        value = value / (1.0 + tl.exp(-value))
+    tl.store(y + begin + places, value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def sum_kernel(
-    x, y, shift, out, rows, span, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """Write `span` of `rows` rows of x + y + shift, [rows, C]."""
+def sum_kernel(x, y, bias, out, positions, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """One tile of x + y + bias, [P, C], the positions of all images."""
     columns, part = block_of(C, WIDTH)
-    first = tl.cast(part, tl.int64) * span
-    count = tl.minimum(span, rows - first)
-    tile = tl.arange(0, ROWS)
-    added = load_columns(shift, columns, C, WIDTH)[None, :]
-    for start in tl.range(0, span, ROWS):
-        inside = within(start + tile, columns, count, C, WIDTH)
-        at = (first + start) * C
-        places = tile[:, None] * C + columns[None, :]
-        value = tl.load(y + at + places, mask=inside, other=0.0).to(tl.float32) + added
-        value += tl.load(x + at + places, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + at + places, value.to(out.dtype.element_ty), mask=inside)
+    first = tl.cast(part, tl.int64) * ROWS
+    rows = tl.arange(0, ROWS)
+    inside = within(first + rows, columns, positions, C, WIDTH)
+    begin = first * C
+    places = rows[:, None] * C + columns[None, :]
+    value = tl.load(y + begin + places, mask=inside, other=0.0).to(tl.float32)
+    value += load_columns(bias, columns, C, WIDTH)[None, :]
+    value += tl.load(x + begin + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + begin + places, value.to(out.dtype.element_ty), mask=inside)
 
 
-def block_width(channels: int, widest: int) -> int:
+def block_width(channels: int) -> int:
     """Columns of a block: a power of two that divides the channels, or one that leaves places of a tile idle."""
-    fitting = min(channels & -channels, widest)
-    return fitting if fitting >= 32 else min(triton.next_power_of_2(channels), widest)
+    fitting = min(channels & -channels, WIDEST)
+    return fitting if fitting >= 32 else min(triton.next_power_of_2(channels), WIDEST)
 
 
 def tiles(cut: Cut, channels: int) -> tuple[int, dict[str, int]]:
     """The number of blocks of columns, and the constants of a kernel that works by tiles."""
-    width = block_width(channels, cut.widest)
+    width = block_width(channels)
     constants = {"C": channels, "WIDTH": width, "ROWS": max(cut.tile // width, 1)}
     return -(-channels // width), constants | {"num_warps": cut.warps, "enable_fp_fusion": True}
 
@@ -202,17 +194,12 @@ def cut_positions(positions: int, size: int) -> tuple[int, int, int]:
     return stretch, -(-positions // stretch), most
 
 
-def span_of(rows: int, blocks: int, tile: int) -> int:
-    """Rows of one program of an elementwise kernel: tiles of `tile` rows, more where there are many programs."""
-    return tile * min(max(rows * blocks // (tile * PROGRAMS), 1), STEPS)
-
-
 def group_norm(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None, silu: bool
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, conv_bias: Tensor | None, eps: float, silu: bool
 ) -> Tensor:
-    """See `hmar_kernels.group_norm`; x is channels-last."""
-    batch, channels, height, columns = x.shape
-    positions, size = height * columns, channels // groups
+    """See `hmar_kernels.group_norm`; x is channels-last, the numbers of channels are contiguous."""
+    batch, channels, height, width = x.shape
+    positions, size = height * width, channels // groups
     stretch, stretches, most = cut_positions(positions, size)
     parts = x.new_empty((batch, stretches, 2, channels), dtype=torch.float32)
     factors = x.new_empty((batch, 2, channels), dtype=torch.float32)
@@ -220,21 +207,20 @@ def group_norm(
     blocks, constants = tiles(STATISTICS, channels)
     statistics_kernel[(batch * stretches * blocks,)](x, parts, positions, stretch, **constants)
     factors_kernel[(batch * groups,)](
-        parts, factors, weight, bias, shift, eps, positions, stretch, C=channels, SIZE=size,
+        parts, factors, weight, bias, conv_bias, eps, positions, stretch, C=channels, SIZE=size,
         WIDTH=triton.next_power_of_2(size), MOST=most, enable_fp_fusion=True,
     )  # fmt: skip
     blocks, constants = tiles(RESULT, channels)
-    span = span_of(batch * positions, blocks, constants["ROWS"])
-    programs = batch * -(-positions // span) * blocks
-    result_kernel[(programs,)](x, y, factors, positions, span, SILU=silu, **constants)
+    programs = batch * triton.cdiv(positions, constants["ROWS"]) * blocks
+    result_kernel[(programs,)](x, y, factors, positions, SILU=silu, **constants)
     return y
 
 
-def add_shifted(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
-    """See `hmar_kernels.add_shifted`; x and y are channels-last."""
+def add_biased(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """See `hmar_kernels.add_biased`; x and y are channels-last, the bias is contiguous."""
     batch, channels, height, width = x.shape
-    rows, out = batch * height * width, torch.empty_like(x)
+    positions, out = batch * height * width, torch.empty_like(x)
     blocks, constants = tiles(RESULT, channels)
-    span = span_of(rows, blocks, constants["ROWS"])
-    sum_kernel[(-(-rows // span) * blocks,)](x, y, shift, out, rows, span, **constants)
+    programs = triton.cdiv(positions, constants["ROWS"]) * blocks
+    sum_kernel[(programs,)](x, y, bias, out, positions, **constants)
     return out

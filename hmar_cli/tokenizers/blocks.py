@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from hmar_kernels import add_shifted, fuses
-from hmar_kernels import group_norm as normalize
+from hmar_kernels import add_biased, fuses
+from hmar_kernels import group_norm as fused_group_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,29 +23,33 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def laid_out(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """The same feature map, channels-last where it goes through the kernels."""
     return x.contiguous(memory_format=torch.channels_last) if fuses(x) else x
 
 
-def normalized(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, *, silu: bool = True) -> Tensor:
-    """Normalise x [B, C, h, w], to which a bias that `convolved` left is added first, and apply SiLU."""
+def norm_act(norm: nn.GroupNorm, x: Tensor, bias: Tensor | None = None, *, silu: bool = True) -> Tensor:
+    """Normalise x [B, C, h, w], to which a bias that `conv_and_bias` left is added first, and apply SiLU."""
     if fuses(x):
-        return normalize(x, norm.num_groups, norm.weight, norm.bias, norm.eps, shift=shift, silu=silu)
+        return fused_group_norm(
+            x, norm.num_groups, norm.weight, norm.bias, norm.eps, conv_bias=bias, silu=silu
+        )
+    assert bias is None
     return F.silu(norm(x)) if silu else norm(x)
 
 
-def convolved(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def conv_and_bias(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Convolve x [B, C, h, w]; the kernels leave the bias [C] to what comes next, and it is returned beside."""
     if fuses(x):
         return F.conv2d(x, conv.weight, stride=conv.stride, padding=conv.padding), conv.bias
     return conv(x), None
 
 
-def summed(x: Tensor, y: Tensor, *shifts: Tensor | None) -> Tensor:
-    """Add feature maps [B, C, h, w] and the biases [C] that `convolved` left."""
-    left = [shift for shift in shifts if shift is not None]
-    return add_shifted(x, y, sum(left[1:], left[0])) if left else y + x
+def add_residual(x: Tensor, y: Tensor, bias: Tensor | None, other: Tensor | None = None) -> Tensor:
+    """Add feature maps [B, C, h, w] and the biases [C] that `conv_and_bias` left, y's and perhaps x's."""
+    if bias is None:
+        return y + x
+    return add_biased(x, y, bias if other is None else bias + other)
 
 
 def pixels(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -80,10 +84,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, c_in, h, w] to [B, c_out, h, w]."""
-        y, shift = convolved(self.conv1, normalized(self.norm1, x))  # [B, c_out, h, w]
-        y, shift = convolved(self.conv2, normalized(self.norm2, y, shift))
-        x, other = (x, None) if self.nin_shortcut is None else convolved(self.nin_shortcut, x)
-        return summed(x, y, shift, other)
+        y, bias = conv_and_bias(self.conv1, norm_act(self.norm1, x))  # [B, c_out, h, w]
+        y, bias = conv_and_bias(self.conv2, norm_act(self.norm2, y, bias))
+        x, other = (x, None) if self.nin_shortcut is None else conv_and_bias(self.nin_shortcut, x)
+        return add_residual(x, y, bias, other)
 
 
 class AttentionBlock(nn.Module):
@@ -101,11 +105,11 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, C, h, w] to the same shape."""
-        qkv = self.qkv(normalized(self.norm, x, silu=False)).flatten(2).transpose(1, 2)  # [B, hw, 3C]
+        qkv = self.qkv(norm_act(self.norm, x, silu=False)).flatten(2).transpose(1, 2)  # [B, hw, 3C]
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)  # 3 x [B, 1, hw, C]: one head
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # [B, hw, C]
-        y, shift = convolved(self.proj_out, y.transpose(1, 2).reshape(x.shape))  # [B, C, h, w]
-        return summed(x, y, shift)
+        y, bias = conv_and_bias(self.proj_out, y.transpose(1, 2).reshape(x.shape))  # [B, C, h, w]
+        return add_residual(x, y, bias)
 
 
 class Downsample(nn.Module):
@@ -218,11 +222,11 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, 3, H, W] to features [B, out_channels, h, w]."""
-        x = self.conv_in(laid_out(images))  # [B, C, H, W]
+        x = self.conv_in(channels_last(images))  # [B, C, H, W]
         for level in self.down:
             x = level(x)  # halved by all levels but the last
         x = self.mid(x)
-        return pixels(self.conv_out, normalized(self.norm_out, x))
+        return pixels(self.conv_out, norm_act(self.norm_out, x))
 
 
 class Decoder(nn.Module):
@@ -265,10 +269,10 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [B, in_channels, h, w] to images [B, 3, H, W], not clamped."""
-        x = self.mid(self.conv_in(laid_out(features)))  # [B, C, h, w]
+        x = self.mid(self.conv_in(channels_last(features)))  # [B, C, h, w]
         for level in reversed(self.up):
             x = level(x)  # doubled by all levels but up[0]
-        return pixels(self.conv_out, normalized(self.norm_out, x))
+        return pixels(self.conv_out, norm_act(self.norm_out, x))
 
 
 def initialize(*modules: nn.Module) -> None:

@@ -22,13 +22,14 @@ def steps_of(positions: int, channels: int, groups: int) -> int:
 
 
 def norm_bounds(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None, silu: bool
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, conv_bias: Tensor | None, silu: bool
 ) -> Bounded:
-    """SiLU(GroupNorm(x + shift)) of x [B, C, H, W] in x's dtype."""
+    """SiLU(GroupNorm(x + conv_bias)) of x [B, C, H, W] in x's dtype."""
     channels, positions = x.shape[1], x[0, 0].numel()
     kept, exact = Kept(x.dtype), x.double()
     weight, bias, added = (
-        (torch.zeros_like(bias) if n is None else n).double()[:, None, None] for n in (weight, bias, shift)
+        (torch.zeros_like(bias) if n is None else n).double()[:, None, None]
+        for n in (weight, bias, conv_bias)
     )
     steps = steps_of(positions, channels, groups)
     chain = 2 * steps + math.log2(exact[0].numel() // groups) + 8  # roundings on the way of one number
@@ -62,8 +63,8 @@ def norm_bounds(
     return Bounded(y, error + kept(y))
 
 
-def sum_bounds(x: Tensor, y: Tensor, shift: Tensor) -> Bounded:
-    """x + y + shift in x's dtype."""
-    kept, added = Kept(x.dtype), shift.double()[:, None, None]
+def sum_bounds(x: Tensor, y: Tensor, bias: Tensor) -> Bounded:
+    """x + y + bias in x's dtype."""
+    kept, added = Kept(x.dtype), bias.double()[:, None, None]
     exact = x.double() + y.double() + added
     return Bounded(exact, 2 * UNIT32 * (x.double().abs() + y.double().abs() + added.abs()) + kept(exact))

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from hmar_kernels import add_shifted, group_norm, unserved
+from hmar_kernels import add_biased, group_norm, unserved
 from torch import Tensor
 
 if reason := unserved(torch.zeros(1, 1, 1, 1)):
@@ -33,33 +33,39 @@ NORMS = [(True, True), (False, False)]
 def draw(
     shape: tuple[int, ...], mean: float = 0.0, std: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A feature map [B, C, H, W], channels-last, and weight, bias and shift [C]."""
+    """A feature map [B, C, H, W], channels-last, and weight, bias and conv_bias [C]."""
     generator = torch.Generator().manual_seed(0)
     batch, channels, _, *sides = shape
     x = torch.randn(batch, channels, *sides, generator=generator) * std + mean
-    weight, bias, shift = torch.randn(3, channels, generator=generator)
-    return x.contiguous(memory_format=torch.channels_last), weight, bias, shift
+    weight, bias, conv_bias = torch.randn(3, channels, generator=generator)
+    return x.contiguous(memory_format=torch.channels_last), weight, bias, conv_bias
 
 
 def judge(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, shift: Tensor | None, silu: bool, eps: float = 1e-6
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    conv_bias: Tensor | None,
+    silu: bool,
+    eps: float = 1e-6,
 ) -> Tensor:
     """Compare with the bounds, all memory filled with NaN at first."""
     torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
     try:
-        found = group_norm(x, groups, weight, bias, eps, shift=shift, silu=silu)
+        found = group_norm(x, groups, weight, bias, eps, conv_bias=conv_bias, silu=silu)
     finally:
         torch.use_deterministic_algorithms(False)
     assert found.dtype == x.dtype and found.is_contiguous(memory_format=torch.channels_last)
-    norm_bounds(x, groups, weight, bias, eps, shift, silu).check(found, "group_norm")
+    norm_bounds(x, groups, weight, bias, eps, conv_bias, silu).check(found, "group_norm")
     return found
 
 
 @pytest.mark.parametrize(("shifted", "silu"), NORMS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name: str, shifted: bool, silu: bool) -> None:
-    x, weight, bias, shift = draw(SHAPES[name])
-    judge(x, SHAPES[name][2], weight, bias, shift if shifted else None, silu)
+    x, weight, bias, conv_bias = draw(SHAPES[name])
+    judge(x, SHAPES[name][2], weight, bias, conv_bias if shifted else None, silu)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(1000.0, 1.0), (-3.0, 1e-3), (5.0, 0.0), (0.0, 1e4)])
@@ -68,18 +74,18 @@ def test_means_far_from_zero(tile: int, mean: float, std: float, monkeypatch: py
     """With tiles of two rows a mean is updated often."""
     monkeypatch.setattr(triton_feature_maps, "STATISTICS", Cut(tile, 4))
     assert steps_of(90, 32, 8) == (1 if tile == 2048 else 16)
-    x, weight, bias, shift = draw((2, 32, 8, 9, 10), mean, std)
-    judge(x, 8, weight, bias, shift, False)
+    x, weight, bias, conv_bias = draw((2, 32, 8, 9, 10), mean, std)
+    judge(x, 8, weight, bias, conv_bias, False)
 
 
 def test_the_bounds_are_those_of_the_exact_result_and_narrow() -> None:
     """Their middle is PyTorch's GroupNorm in float64; a variance from the mean of squares is far outside."""
-    x, weight, bias, shift = draw((2, 32, 8, 9, 10), 1000.0)
-    bounds = norm_bounds(x, 8, weight, bias, 1e-6, shift, True)
-    wide = (x + shift.double()[:, None, None]).double()
+    x, weight, bias, conv_bias = draw((2, 32, 8, 9, 10), 1000.0)
+    bounds = norm_bounds(x, 8, weight, bias, 1e-6, conv_bias, True)
+    wide = (x + conv_bias.double()[:, None, None]).double()
     norm = torch.nn.functional.group_norm(wide, 8, weight.double(), bias.double(), 1e-6)
     torch.testing.assert_close(bounds.exact, torch.nn.functional.silu(norm), rtol=1e-9, atol=1e-9)
-    moved = (x + shift[:, None, None]).unflatten(1, (8, 4))
+    moved = (x + conv_bias[:, None, None]).unflatten(1, (8, 4))
     mean, square = (y.mean((2, 3, 4), keepdim=True) for y in (moved, moved.square()))
     careless = (moved - mean) * (square - mean.square() + 1e-6).rsqrt()
     careless = careless.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
@@ -87,46 +93,53 @@ def test_the_bounds_are_those_of_the_exact_result_and_narrow() -> None:
 
 
 def test_an_image_is_the_same_alone() -> None:
-    x, weight, bias, shift = draw((3, 24, 2, 12, 31))
-    together = judge(x, 2, weight, bias, shift, True)
-    assert torch.equal(together[1:2], judge(x[1:2].clone(), 2, weight, bias, shift, True))
+    x, weight, bias, conv_bias = draw((3, 24, 2, 12, 31))
+    together = judge(x, 2, weight, bias, conv_bias, True)
+    assert torch.equal(together[1:2], judge(x[1:2].clone(), 2, weight, bias, conv_bias, True))
 
 
 def test_other_layouts_and_dtypes() -> None:
-    x, weight, bias, shift = draw((2, 16, 4, 5, 6))
-    expected = judge(x, 4, weight, bias, shift, True)
-    assert torch.equal(judge(x.contiguous(), 4, weight, bias, shift, True), expected)
-    judge(x[:, :, ::2].half(), 4, weight.bfloat16(), bias.half(), shift.bfloat16(), True)
+    x, weight, bias, conv_bias = draw((2, 16, 4, 5, 6))
+    expected = judge(x, 4, weight, bias, conv_bias, True)
+    assert torch.equal(judge(x.contiguous(), 4, weight, bias, conv_bias, True), expected)
+    judge(x[:, :, ::2].half(), 4, weight.bfloat16(), bias.half(), conv_bias.bfloat16(), True)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_sums(name: str) -> None:
-    x, _, _, shift = draw(SHAPES[name])
+    x, _, _, conv_bias = draw(SHAPES[name])
     y = torch.randn_like(x)
-    found = add_shifted(x, y.contiguous(), shift)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    sum_bounds(x, y, shift).check(found, "add_shifted")
+    for each in (y.contiguous(), y.half()):
+        found = add_biased(x, each, conv_bias)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        sum_bounds(x, each, conv_bias).check(found, "add_biased")
 
 
-def test_many_rows_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_feature_maps, "RESULT", Cut(64, 4))
-    monkeypatch.setattr(triton_feature_maps, "PROGRAMS", 4)
-    x, weight, bias, shift = draw((2, 32, 8, 9, 5))
-    assert triton_feature_maps.span_of(90, 1, 2) == 16
-    judge(x, 8, weight, bias, shift, True)
-    sum_bounds(x, x.half(), shift).check(add_shifted(x, x.half(), shift), "add_shifted")
+def test_numbers_of_any_stride() -> None:
+    x, *_ = draw((2, 16, 4, 5, 6))
+    columns = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+    weight, bias, conv_bias = columns[:, 0], torch.full((1,), 0.5).expand(16), columns[:, 2]
+    judge(x, 4, weight, bias, conv_bias, True)
+    sum_bounds(x, x, conv_bias).check(add_biased(x, x, conv_bias), "add_biased")
 
 
 def test_what_is_not_served() -> None:
-    x, weight, bias, shift = draw((2, 16, 4, 5, 6))
+    x, weight, bias, conv_bias = draw((2, 16, 4, 5, 6))
     with pytest.raises(ValueError, match="groups that divide 16 channels, got 5"):
         group_norm(x, 5, weight, bias, 1e-6)
-    with pytest.raises(ValueError, match=r"numbers \[C\] beside it, got \[2, 16, 5, 6\] and \[16\], \[15\]"):
+    with pytest.raises(ValueError, match=r"numbers \[C\], got \[2, 16, 5, 6\], \[16\], \[15\]"):
         group_norm(x, 4, weight, bias[1:], 1e-6)
-    with pytest.raises(ValueError, match="two feature maps of one shape"):
-        add_shifted(x, x[:1], shift)
+    with pytest.raises(
+        ValueError, match=r"one shape \[B, C, H, W\] and .*got \[2, 16, 5, 6\], \[1, 16, 5, 6\]"
+    ):
+        add_biased(x, x[:1], conv_bias)
+    with pytest.raises(ValueError, match=r"not torch[.]int64"):
+        add_biased(x, x, conv_bias.long())
+    for given in ((x.to("meta"), conv_bias), (x, conv_bias.to("meta"))):
+        with pytest.raises(ValueError, match=r"on one device, got cpu, .*meta"):
+            add_biased(x, *given)
     with pytest.raises(ValueError, match="float64"):
-        add_shifted(x.double(), x, shift)
+        add_biased(x.double(), x, conv_bias)
     with pytest.raises(ValueError, match="no backward pass"):
         group_norm(x, 4, weight.requires_grad_(), bias, 1e-6)
     with torch.no_grad():

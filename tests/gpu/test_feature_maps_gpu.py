@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hmar_kernels import add_shifted, group_norm
+from hmar_kernels import add_biased, group_norm
 from torch import Tensor
 
 from hmar_cli.models.scales import Scales
@@ -34,12 +34,12 @@ CODECS = ["MSVQ, small", "MSVQ, 160 channels", "KL, small", "KL, 128 channels"]
 def draw(
     shape: tuple[int, ...], dtype: torch.dtype, mean: float = 0.5
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A feature map [B, C, H, W], channels-last, and weight, bias and shift [C] in float32."""
+    """A feature map [B, C, H, W], channels-last, and weight, bias and conv_bias [C] in float32."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     batch, channels, _, *sides = shape
     x = torch.randn(batch, *sides, channels, generator=generator, device=DEVICE) + mean
-    weight, bias, shift = torch.randn(3, channels, generator=generator, device=DEVICE)
-    return x.to(dtype).permute(0, 3, 1, 2), weight, bias, shift
+    weight, bias, conv_bias = torch.randn(3, channels, generator=generator, device=DEVICE)
+    return x.to(dtype).permute(0, 3, 1, 2), weight, bias, conv_bias
 
 
 def filled(make: object, *args: object, **settings: object) -> Tensor:
@@ -54,31 +54,31 @@ def filled(make: object, *args: object, **settings: object) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, weight, bias, shift = draw(shape, dtype)
-    for added, silu in ((shift, True), (None, False)):
-        found = filled(group_norm, x, shape[2], weight, bias, 1e-6, shift=added, silu=silu)
+    x, weight, bias, conv_bias = draw(shape, dtype)
+    for added, silu in ((conv_bias, True), (None, False)):
+        found = filled(group_norm, x, shape[2], weight, bias, 1e-6, conv_bias=added, silu=silu)
         assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
         norm_bounds(x, shape[2], weight, bias, 1e-6, added, silu).check(found, "group_norm")
     y = torch.randn_like(x)
-    sum_bounds(x, y, shift).check(filled(add_shifted, x, y, shift), "add_shifted")
+    sum_bounds(x, y, conv_bias).check(filled(add_biased, x, y, conv_bias), "add_biased")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("mean", "std"), [(1000.0, 1.0), (3e4, 10.0), (-3.0, 1e-2), (5.0, 0.0)])
 def test_means_far_from_zero(mean: float, std: float, dtype: torch.dtype) -> None:
-    x, weight, bias, shift = draw((2, 160, 32, 150, 130), torch.float32, 0.0)
+    x, weight, bias, conv_bias = draw((2, 160, 32, 150, 130), torch.float32, 0.0)
     x = (x * std + mean).to(dtype)
-    found = group_norm(x, 32, weight, bias, 1e-6, shift=shift)
-    norm_bounds(x, 32, weight, bias, 1e-6, shift, True).check(found, "group_norm")
+    found = group_norm(x, 32, weight, bias, 1e-6, conv_bias=conv_bias)
+    norm_bounds(x, 32, weight, bias, 1e-6, conv_bias, True).check(found, "group_norm")
 
 
 def test_an_image_is_the_same_alone_and_again() -> None:
-    x, weight, bias, shift = draw((32, 160, 32, 128, 128), torch.bfloat16)
-    found = group_norm(x, 32, weight, bias, 1e-6, shift=shift)
-    assert torch.equal(found, group_norm(x, 32, weight, bias, 1e-6, shift=shift))
+    x, weight, bias, conv_bias = draw((32, 160, 32, 128, 128), torch.bfloat16)
+    found = group_norm(x, 32, weight, bias, 1e-6, conv_bias=conv_bias)
+    assert torch.equal(found, group_norm(x, 32, weight, bias, 1e-6, conv_bias=conv_bias))
     for image in (0, 17, 31):
         at = slice(image, image + 1)
-        assert torch.equal(found[at], group_norm(x[at].clone(), 32, weight, bias, 1e-6, shift=shift))
+        assert torch.equal(found[at], group_norm(x[at].clone(), 32, weight, bias, 1e-6, conv_bias=conv_bias))
 
 
 def make(codec: str) -> tuple[MultiScaleVQ | KlAutoencoder, Tensor]:
@@ -149,6 +149,30 @@ def test_gradients_take_the_plain_path() -> None:
     assert all(p.grad is not None for p in tokenizer.decoder.parameters())
 
 
+def test_a_compiled_decoder_takes_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    for kernel in ("fused_group_norm", "add_biased"):
+        monkeypatch.setattr(blocks, kernel, lambda *_, **__: pytest.fail("a kernel ran"))
+    tokenizer, latents = make("KL, small")
+    with torch.no_grad():
+        compiled = torch.compile(tokenizer.decoder)(latents).double()
+        monkeypatch.setattr(blocks, "fuses", lambda x: False)
+        plain = tokenizer.decoder(latents).double()
+        exact = tokenizer.double().decoder(latents.double())
+    errors = [float((x - exact).square().mean().sqrt()) for x in (compiled, plain)]
+    assert errors[0] < 2 * errors[1], errors
+
+
+def test_a_device_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, weight, bias, conv_bias = (t.to("cuda:1") for t in draw(SHAPES[0], torch.bfloat16))
+    assert torch.cuda.current_device() == 0
+    found = group_norm(x, 32, weight, bias, 1e-6, conv_bias=conv_bias)
+    norm_bounds(x, 32, weight, bias, 1e-6, conv_bias, True).check(found, "group_norm")
+    sum_bounds(x, found, conv_bias).check(add_biased(x, found, conv_bias), "add_biased")
+
+
 def test_a_recorded_decoder() -> None:
     """Nothing waits for the host; replays read what the input holds then."""
     tokenizer, latents = make("MSVQ, small")
@@ -173,10 +197,12 @@ def test_more_than_two_billion_numbers() -> None:
     generator = torch.Generator(DEVICE).manual_seed(0)
     shape = (batch, side, side, channels)
     x = torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.bfloat16).permute(0, 3, 1, 2)
-    weight, bias, shift = torch.randn(3, channels, generator=generator, device=DEVICE)
-    y = group_norm(x, 32, weight, bias, 1e-6, shift=shift)
-    total = add_shifted(x, y, shift)
+    weight, bias, conv_bias = torch.randn(3, channels, generator=generator, device=DEVICE)
+    y = group_norm(x, 32, weight, bias, 1e-6, conv_bias=conv_bias)
+    total = add_biased(x, y, conv_bias)
     for image in (0, batch - 1):
         at = slice(image, image + 1)
-        norm_bounds(x[at], 32, weight, bias, 1e-6, shift, True).check(y[at], f"group_norm of image {image}")
-        sum_bounds(x[at], y[at], shift).check(total[at], f"add_shifted of image {image}")
+        norm_bounds(x[at], 32, weight, bias, 1e-6, conv_bias, True).check(
+            y[at], f"group_norm of image {image}"
+        )
+        sum_bounds(x[at], y[at], conv_bias).check(total[at], f"add_biased of image {image}")
