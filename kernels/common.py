@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -58,8 +59,10 @@ def triton_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         try:  # it compiles a module of its own at first, in which anything can fail
             triton.runtime.driver.active.get_current_device()
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            return f"Triton cannot start (it needs a C compiler and Python's headers): {reason}"
+            detail = str(error).partition("\n")[0]
+            reason = f"Triton cannot start (it needs a C compiler and Python's headers): {detail}"
+            warnings.warn(f"{reason}; plain PyTorch takes its place, more slowly", stacklevel=2)
+            return reason
     return None
 
 

@@ -61,7 +61,7 @@ def add_biased(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
         bias: [C], of the convolutions that made x and y.
 
     Returns:
-        [B, C, H, W], channels-last, in x's dtype.
+        [B, C, H, W], channels-last, in the wider dtype of x and y.
 
     Raises:
         ValueError: shapes that don't fit, or what `unserved` says.

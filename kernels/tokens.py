@@ -9,7 +9,7 @@ import importlib
 from types import ModuleType
 
 import torch
-from hmar_kernels.common import unserved
+from hmar_kernels.common import TRITON_DTYPES, unserved
 from torch import Tensor
 
 
@@ -21,7 +21,7 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: t
         scale: broadcast to x's shape.
         shift: broadcast to x's shape.
         eps: is added to the variance.
-        dtype: of the result.
+        dtype: of the result, one of these.
 
     Returns:
         [B, N, C].
@@ -30,6 +30,8 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: t
         ValueError: shapes that don't fit, or what `unserved` says.
     """
     scale, shift = _broadcast(x, scale, shift)
+    if dtype not in TRITON_DTYPES:
+        raise ValueError(f"expected bfloat16, float16 or float32 as the result's dtype, got {dtype}")
     with torch.cuda.device_of(x):
         out: Tensor = _kernels().modulated_norm(x.contiguous(), scale, shift, eps, dtype)
     return out

@@ -219,7 +219,7 @@ def group_norm(
 def add_biased(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """See `hmar_kernels.add_biased`; x and y are channels-last, the bias is contiguous."""
     batch, channels, height, width = x.shape
-    positions, out = batch * height * width, torch.empty_like(x)
+    positions, out = batch * height * width, torch.empty_like(x, dtype=torch.promote_types(x.dtype, y.dtype))
     blocks, constants = tiles(RESULT, channels)
     programs = triton.cdiv(positions, constants["ROWS"]) * blocks
     sum_kernel[(programs,)](x, y, bias, out, positions, **constants)

@@ -24,8 +24,8 @@ TOKENS, HEADS = 16, 8
 @triton.jit
 def load_token(source, strides, tokens, columns, C: tl.constexpr):
     """[WIDTH] numbers of this program's token in float32, zeros beyond C; strides are of B and N."""
-    b = tl.cast(tl.program_id(0) // tokens, tl.int64)
-    source += b * strides[0] + tl.program_id(0) % tokens * strides[1]
+    b, at = (tl.program_id(0) // tokens).to(tl.int64), (tl.program_id(0) % tokens).to(tl.int64)
+    source += b * strides[0] + at * strides[1]
     return tl.load(source + columns, mask=columns < C, other=0.0).to(tl.float32)
 
 
@@ -35,7 +35,7 @@ def norm_kernel(
 ):
     """One token of LayerNorm(x) * (1 + scale) + shift; x and out [B, N, C] are contiguous."""
     columns = tl.arange(0, WIDTH)
-    value = load_token(x, (tokens * C, C), tokens, columns, C)
+    value = load_token(x, (tl.cast(tokens, tl.int64) * C, C), tokens, columns, C)
     apart = tl.where(columns < C, value - tl.sum(value, 0) / C, 0.0)
     unit = apart * tl.rsqrt(tl.sum(apart * apart, 0) / C + eps)
     value = unit * (1.0 + load_token(scale, scale_strides, tokens, columns, C))
@@ -49,7 +49,7 @@ def sum_kernel(x, gate, y, out, gate_strides, y_strides, tokens, C: tl.constexpr
     """One token of x + gate * y; x and out [B, N, C] are contiguous."""
     columns = tl.arange(0, WIDTH)
     value = load_token(gate, gate_strides, tokens, columns, C) * load_token(y, y_strides, tokens, columns, C)
-    value += load_token(x, (tokens * C, C), tokens, columns, C)
+    value += load_token(x, (tl.cast(tokens, tl.int64) * C, C), tokens, columns, C)
     out += tl.cast(tl.program_id(0), tl.int64) * C
     tl.store(out + columns, value.to(out.dtype.element_ty), mask=columns < C)
 

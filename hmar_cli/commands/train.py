@@ -157,7 +157,7 @@ def plan_lines(outcome: "Outcome", recipe: "Recipe") -> list[str]:
         f"{recipe.train.accumulate} micro-batches of {plan.micro_batch} images a step",
         f"memory of weights, gradients, moments and averages: {gib(plan.memory_bytes)} a process",
     ]
-    if outcome.peak_memory_bytes:
+    if last and outcome.peak_memory_bytes:
         lines.append(f"largest memory in one step: {gib(outcome.peak_memory_bytes)}")
     if last:
         speed = f"{last['images_per_second']:,.1f} images/s (start-up included)"

@@ -287,10 +287,8 @@ def _enlarge(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Bicubic interpolation of x [B, Z, h_k, w_k] to a larger grid.
 
     By two products, since PyTorch's kernel gives a place to each thread of a GPU, which takes all channels of the
-    batch in turn, and adds up gradients in any order. Compiled, it is fused.
+    batch in turn, and adds up gradients in any order.
     """
-    if torch.compiler.is_compiling():
-        return F.interpolate(x, size=grid, mode="bicubic")
     rows, columns = (_bicubic_weights(*sides, x.device) for sides in zip(x.shape[-2:], grid, strict=True))
     return rows @ (x @ columns.T)
 

@@ -61,11 +61,11 @@ def judge(
     return found
 
 
-@pytest.mark.parametrize(("shifted", "silu"), NORMS)
+@pytest.mark.parametrize(("biased", "silu"), NORMS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_shapes(name: str, shifted: bool, silu: bool) -> None:
+def test_shapes(name: str, biased: bool, silu: bool) -> None:
     x, weight, bias, conv_bias = draw(SHAPES[name])
-    judge(x, SHAPES[name][2], weight, bias, conv_bias if shifted else None, silu)
+    judge(x, SHAPES[name][2], weight, bias, conv_bias if biased else None, silu)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(1000.0, 1.0), (-3.0, 1e-3), (5.0, 0.0), (0.0, 1e4)])
@@ -177,8 +177,6 @@ def test_a_gpu_on_which_triton_cannot_start(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("triton.runtime.driver", Mock())
     assert triton_unavailable.__wrapped__(*place) is None
     monkeypatch.setattr("triton.runtime.driver", Driver())
-    reason = triton_unavailable.__wrapped__(*place)
-    assert (
-        reason
-        == "Triton cannot start (it needs a C compiler and Python's headers): Failed to find C compiler."
-    )
+    expected = "Triton cannot start (it needs a C compiler and Python's headers): Failed to find C compiler."
+    with pytest.warns(UserWarning, match="Failed to find C compiler.; plain PyTorch takes its place"):
+        assert triton_unavailable.__wrapped__(*place) == expected

@@ -10,9 +10,16 @@ if reason := unserved(torch.zeros(1)):
 
 from token_budget import gated_sum_bounds, modulated_norm_bounds, unit_heads_bounds
 
+draws = torch.Generator()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    draws.manual_seed(0)
+
 
 def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return torch.randn(shape, generator=draws)
 
 
 @pytest.mark.parametrize("width", [64, 100, 1])
@@ -25,6 +32,18 @@ def test_norm(width: int, mean: float) -> None:
     plain = torch.nn.functional.layer_norm(x.double(), [width], eps=1e-6) * (1 + scale.double()) + shift
     bounds = modulated_norm_bounds(x, scale, shift, 1e-6, torch.float32)
     torch.testing.assert_close(bounds.exact, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_the_bounds_are_narrow() -> None:
+    """Without eps, or with a variance from the mean of squares, a result is far outside."""
+    x, none = draw(2, 3, 64), torch.zeros(64)
+    for rows, eps, squares in ((x * 1e-3, 0.0, False), (x + 1000, 1e-6, True)):
+        apart = rows - rows.mean(-1, keepdim=True)
+        square = rows.square().mean(-1, keepdim=True) - rows.mean(-1, keepdim=True).square()
+        variance = square if squares else apart.square().mean(-1, keepdim=True)
+        bounds = modulated_norm_bounds(rows, none, none, 1e-6, torch.float32)
+        bounds.check(modulated_norm(rows, none, none, 1e-6, torch.float32), "modulated_norm")
+        assert bounds.share(apart * (variance + eps).rsqrt()) > 10
 
 
 def test_dtypes_and_layouts() -> None:

@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
+from hmar_kernels import unserved
 
+from hmar_cli.models import layers
 from hmar_cli.models.layers import ScaleAttention
 from hmar_cli.models.next_scale import NextScaleTransformer
 from hmar_cli.models.scales import Scales
@@ -135,3 +137,52 @@ def test_attention_of_another_machine_is_replaced_for_sampling_alone() -> None:
     assert implementations(model) == {"auto"}
     with torch.inference_mode():
         assert model.forward_scale(0, model.condition(torch.tensor([1])), None).isfinite().all()
+
+
+@pytest.mark.skipif(
+    unserved(torch.zeros(1)) is not None, reason="tests/gpu has this where kernels are compiled"
+)
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("pattern", ["causal", "diagonal"])
+def test_kernels_change_nothing_but_the_rounding(
+    pattern: str, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Triton's interpreter makes of them is as near to float32 as PyTorch is under autocast."""
+    model = lively(tiny(pattern=pattern))
+    labels, inputs = torch.tensor([1, 5]), torch.randn(2, 13, 4)
+    padded = torch.cat([torch.zeros(2, 1, 4), inputs], dim=1)
+    ran: list[str] = []
+    for name in ("gated_sum", "modulated_norm", "unit_heads"):
+        kernel = getattr(layers, name)
+        monkeypatch.setattr(layers, name, lambda *given, k=kernel, n=name: ran.append(n) or k(*given))
+
+    def draft(fuse: bool, half: bool) -> torch.Tensor:
+        monkeypatch.setattr(layers, "fuses", lambda x: fuse)
+        cache = model.make_cache(2, torch.bfloat16 if half else torch.float32)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            condition = model.condition(labels)
+            parts = [padded[:, model.scales.slice(k)] if k else None for k in range(3)]
+            return torch.cat(
+                [model.forward_scale(k, condition, part, cache=cache) for k, part in enumerate(parts)], dim=1
+            )
+
+    found = draft(True, half)
+    calls = 3 * 3  # of every block at every scale
+    assert ran.count("gated_sum") == 2 * calls and ran.count("modulated_norm") == 2 * calls + 3
+    assert ran.count("unit_heads") == (2 * calls if pattern == "causal" else 0)
+    exact, plain = draft(False, False), draft(False, half)
+    if half:
+        errors = [float((x - exact).square().mean().sqrt()) for x in (found, plain)]
+        assert errors[0] < 1.5 * errors[1]
+    else:
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
+def test_branches_are_dropped_in_training_whatever_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "fuses", lambda x: True)
+    monkeypatch.setattr(layers, "modulated_norm", lambda x, *_: x)
+    block = lively(tiny(drop_path_rate=0.9)).blocks[-1].train()
+    x = torch.randn(64, 4, 32)
+    with torch.no_grad():
+        kept = (block(x, torch.randn(64, 32), ((2, 2),)) != x).flatten(1).any(1)
+    assert 0 < kept.sum() < 32
