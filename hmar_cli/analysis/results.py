@@ -28,7 +28,7 @@ Row = Mapping[str, Cell]
 
 
 def analysis_folder(out: Path | None, name: str) -> Path:
-    """The folder of an analysis: `out`, or "analysis/NAME". Commands ask before the work, too, to lose none.
+    """The folder of an analysis: `out`, or "analysis/NAME". Commands also ask before the work, so that none is lost.
 
     Raises:
         UserError: nothing can be written there.

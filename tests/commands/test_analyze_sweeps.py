@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from toy_runs import hmar
 from hmar_cli.analysis import sweep
 from hmar_cli.builders import build_image_network
 from hmar_cli.checkpoints.store import read_tensors, save_checkpoint, write_tensors
+from hmar_cli.commands.sweeping import few_batches
 from hmar_cli.console import console
 from hmar_cli.data.shapes import SHAPES
 from hmar_cli.evaluation import references
@@ -452,6 +454,14 @@ def test_too_few_batches_to_time_one_are_warned_of(
     assert result.exit_code == 0, result.output
     line = f"s/image by full batches of {size} says little: a process has {number}, and the first 2 load"
     assert (line in result.stderr) == (number < 3) == ("s/image" in result.stderr)
+
+
+@pytest.mark.parametrize(("processes", "number"), [(1, 0), (3, 2), (4, 2), (6, 1)])
+def test_each_process_has_its_share_of_the_batches(processes: int, number: int) -> None:
+    """Of 6 full ones; where there are 3 or more, nothing is said."""
+    trials: list[Any] = [SimpleNamespace(job=SimpleNamespace(count=27, batch_size=4))]
+    told = few_batches(trials, processes)
+    assert [f"a process has {number}, " in line for line in told] == [True] * (number > 0)
 
 
 def test_statistics_of_another_cut_are_refused_before_anything_is_drawn(world: Path, tmp_path: Path) -> None:
